@@ -92,7 +92,7 @@ def main():
         best = net(pixel_values=pixels, **tokens).logits_per_image.argmax(1)
         print(f"clip: the right caption of 256 for {np.mean([words[i] == words[b] for i, b in enumerate(best)]):.1%} of held-out pictures", flush=True)
 
-    net = loop.train("clip", net, loss, STEPS, lr=1e-3, look=look, weight_decay=0.05)
+    net = loop.train("clip", net, loss, STEPS, look=look)
     net.half().save_pretrained(FOLDER)
     tokenizer.save_pretrained(FOLDER)
     CLIPImageProcessor(**PROCESSOR).save_pretrained(FOLDER)

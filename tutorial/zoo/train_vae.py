@@ -20,7 +20,7 @@ from unet import VAE, load, save
 CONFIG = {"act_fn": "silu", "block_out_channels": [32, 32, 64, 96], "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3,
           "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 8, "out_channels": 3, "sample_size": 64, "scaling_factor": 1.0,
           "up_block_types": ["UpDecoderBlock2D"] * 4}
-TOGETHER, DECODER_ONLY, BATCH = 3000, 6000, 16
+TOGETHER, DECODER_ONLY, BATCH = 1600, 6000, 16
 ART = data.load_art()
 
 
@@ -64,11 +64,7 @@ def look(vae, step):
 def main():
     folder = data.HERE / "stable-diffusion" / "vae"
     torch.manual_seed(0)
-    vae = VAE(CONFIG)
-    for module in vae.modules():            # begin as a nearly linear network, which converges several times faster
-        if hasattr(module, "conv2"):
-            torch.nn.init.zeros_(module.conv2.weight)
-    vae = loop.train("vae-together", vae.to(memory_format=torch.channels_last), together_loss, TOGETHER, lr=2e-3, look=look, min_lr=0.1)
+    vae = loop.train("vae-together", loop.initialize(VAE(CONFIG)), together_loss, TOGETHER, look=look, min_lr=0.1)
     with torch.no_grad():                   # the scale that makes the latents' standard deviation 1, as SD's 0.18215 does
         std = torch.cat([vae.encode(batch(np.random.default_rng(i), 64)) for i in range(8)]).std().item()
     vae.config["scaling_factor"] = vae.scaling_factor = 1 / std
@@ -76,7 +72,7 @@ def main():
     vae = load(VAE, folder).to(memory_format=torch.channels_last)
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(False)
-    vae = loop.train("vae-decoder", vae, decoder_loss, DECODER_ONLY, lr=1e-3, look=look)
+    vae = loop.train("vae-decoder", vae, decoder_loss, DECODER_ONLY, look=look)
     save(vae, folder, torch.float16)
 
 

@@ -1,0 +1,177 @@
+"""DDPO: denoising diffusion policy optimization (Black et al., arXiv 2305.13301), Sec. 4.
+
+Denoising as an MDP (Sec. 4.3): the state is (c, t, x_t), the action x_{t-1}, the policy the Gaussian p_theta(x_{t-1} | x_t, c) of
+scheduler.py; the reward r(x_0, c) comes once, at the end. In reading order:
+
+    guided_noise, predict_noise     Eq. 3: the guided noise prediction, in sampling and in training alike ("CFG training", App. E.1)
+    Trajectories, sample            roll the policy out and keep x_T ... x_0 and the log-probabilities
+    PromptStatistics, normalize_advantages      Sec. 5.1, App. D: rewards normalised prompt by prompt
+    reinforce_loss, ppo_loss        Eq. DDPO_SF and DDPO_IS, the two policy gradients
+    update                          minibatches of whole samples, micro-batches of (sample, timestep) pairs, one optimizer step each
+
+Deviations from the paper's text, and why:
+- Log-probabilities are means over the latent's dimensions (see scheduler.py), and losses are means over the T timesteps where the paper
+  writes sums. As in the authors' code. Effect: the gradient is scaled by 1/(D T).
+- The paper clips the ratio by a trust region "as in PPO"; here, as in the authors' code: clipped ratio, pessimistic minimum, no value
+  function, no entropy bonus.
+- Advantages are clipped at +-10 (the authors' JAX code; their PyTorch code takes 5).
+- Noise comes from a generator seeded by (seed, epoch, sample), not from one stream: results don't depend on batch sizes.
+"""
+from collections import deque
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from scheduler import gaussian_log_prob
+
+
+def guided_noise(eps_uncond, eps_cond, w):
+    """Classifier-free guidance, Eq. 3: w eps(x_t, t, c) + (1 - w) eps(x_t, t, nothing), written as in its first paper.
+
+    eps_uncond, eps_cond (B, 4, h, w); w = 1 is the plain conditional model -> (B, 4, h, w).
+    """
+    return eps_uncond + w * (eps_cond - eps_uncond)
+
+
+def predict_noise(unet, x_t, timesteps, cond, uncond, w):
+    """Guided noise, both halves in one forward pass. x_t (B, 4, h, w), timesteps (B,), cond (B, m, d), uncond (1, m, d) -> float32 (B, 4, h, w)."""
+    if w == 1:
+        return unet(x_t, timesteps, cond).float()
+    context = torch.cat([uncond.expand_as(cond), cond])                         # (2B, m, d)
+    eps_uncond, eps_cond = unet(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), context).float().chunk(2)
+    return guided_noise(eps_uncond, eps_cond, w)
+
+
+def named_noise(shape, count, *name):
+    """`count` standard normal tensors from a generator of their own, seeded by a name such as (seed, epoch, sample). -> float32 (count, *shape)."""
+    seed = int(np.random.SeedSequence(name).generate_state(1, np.uint64)[0] >> 1)
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class Trajectories:
+    """A batch of rollouts: all that sampling hands to training. float32, wherever and however the networks compute."""
+    latents: torch.Tensor           # (B, T+1, 4, h, w): x_T first, x_0 last
+    log_probs: torch.Tensor         # (B, T): log p(x_{t-1} | x_t, c) under the policy that sampled
+    timesteps: torch.Tensor         # (T,)
+    prompt_embeds: torch.Tensor     # (B, m, d)
+    rewards: torch.Tensor = None    # (B,)
+    advantages: torch.Tensor = None     # (B,)
+
+    def __len__(self):
+        return len(self.latents)
+
+    @staticmethod
+    def cat(parts):
+        """Several batches of one epoch as one (timesteps are common to all)."""
+        joined = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Trajectories)}
+        return Trajectories(**{name: values[0] if name == "timesteps" or values[0] is None else torch.cat(values) for name, values in joined.items()})
+
+
+@torch.no_grad()
+def sample(unet, scheduler, cond, uncond, noise, T, eta, w):
+    """Roll out the policy: x_T ~ N(0, I), then T steps x_{t-1} ~ p_theta(. | x_t, c).
+
+    cond (B, m, d); uncond (1, m, d), the empty prompt; noise (B, T+1, 4, h, w), for x_T and for each step -> Trajectories.
+    """
+    timesteps = scheduler.timesteps(T)
+    x, log_probs = noise[:, 0], []
+    latents = [x]
+    for i in range(T):
+        t = timesteps[i].expand(len(x))
+        eps = predict_noise(unet, x, t, cond, uncond, w)
+        x, log_prob = scheduler.step(eps, x, t, T, eta, noise[:, i + 1])
+        latents.append(x)
+        log_probs.append(log_prob)
+    return Trajectories(torch.stack(latents, 1), torch.stack(log_probs, 1), timesteps, cond)
+
+
+def normalize_advantages(rewards, mean, std, limit=10.0):
+    """A = (r - mean) / std, clipped to +-limit. Sec. 5.1, App. D. All (B,), mean and std those of each sample's prompt."""
+    return ((rewards - mean) / (std + 1e-6)).clamp(-limit, limit)
+
+
+class PromptStatistics:
+    """Running mean and standard deviation of the reward of each prompt, over its last `size` rewards, this epoch's included.
+
+    A prompt with fewer than `min_count` rewards so far is normalised by the whole batch instead. App. D: size 32, min_count 16.
+    """
+
+    def __init__(self, size=32, min_count=16):
+        self.size, self.min_count, self.history = size, min_count, {}
+
+    def update(self, prompts, rewards):
+        """Take in an epoch's rewards -> the mean and std for each of its samples. prompts: B strings, rewards (B,) -> (B,), (B,)."""
+        for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+            self.history.setdefault(prompt, deque(maxlen=self.size)).append(reward)
+        rows = [self.history[p] if len(self.history[p]) >= self.min_count else rewards.tolist() for p in prompts]
+        mean = torch.tensor([np.mean(row) for row in rows], dtype=torch.float32)
+        std = torch.tensor([np.std(row) for row in rows], dtype=torch.float32)
+        return mean.to(rewards.device), std.to(rewards.device)
+
+    def state_dict(self):
+        return {prompt: list(rewards) for prompt, rewards in self.history.items()}
+
+    def load_state_dict(self, state):
+        self.history = {prompt: deque(rewards, maxlen=self.size) for prompt, rewards in state.items()}
+
+
+def reinforce_loss(log_prob, advantages):
+    """DDPO_SF, the score-function estimator of Sec. 4.3: its gradient is -E[A grad log p_theta(x_{t-1} | x_t, c)].
+
+    Unbiased for data of the current policy only, hence one update an epoch. log_prob, advantages (B,) -> (B,), a loss a pair.
+    """
+    return -advantages * log_prob
+
+
+def ppo_loss(log_prob, log_prob_old, advantages, clip_range):
+    """DDPO_IS, the importance-sampling estimator of Sec. 4.3 with PPO's clipped trust region.
+
+        ratio = p_theta(x_{t-1} | x_t, c) / p_theta_old(x_{t-1} | x_t, c)
+        loss  = -min(ratio A, clip(ratio, 1 - clip_range, 1 + clip_range) A)
+
+    log_prob, log_prob_old, advantages (B,) -> losses (B,), ratios (B,).
+    """
+    ratio = (log_prob - log_prob_old).exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return -torch.minimum(ratio * advantages, clipped * advantages), ratio
+
+
+def policy_log_prob(unet, scheduler, trajectories, samples, steps, uncond, eta, w):
+    """log p_theta(x_{t-1} | x_t, c) of recorded actions under the present weights, with gradient. samples, steps (B,) index pairs -> (B,)."""
+    T = len(trajectories.timesteps)
+    x_t, x_prev = trajectories.latents[samples, steps], trajectories.latents[samples, steps + 1]
+    t = trajectories.timesteps[steps]
+    eps = predict_noise(unet, x_t, t, trajectories.prompt_embeds[samples], uncond, w)
+    return gaussian_log_prob(x_prev, *scheduler.mean_std(eps, x_t, t, T, eta))
+
+
+def update(unet, optimizer, scheduler, trajectories, minibatch, uncond, *, algorithm, eta, w, clip_range, micro_batch, max_grad_norm):
+    """One optimizer step on the samples `minibatch` (indices) with all their timesteps, in micro-batches of `micro_batch` pairs -> metrics.
+
+    Pairs are taken timestep by timestep; since all of them go into one gradient, their order and the size of the micro-batches change
+    nothing but rounding. With micro_batch = the rollout's batch, each micro-batch repeats a rollout's forward pass, and ratios
+    are exactly 1 before the first update. Metrics: 0-dim tensors, and `clipped_by_step` and `ratio_error`; see README.
+    """
+    T = len(trajectories.timesteps)
+    steps, samples = (index.flatten() for index in torch.meshgrid(
+        torch.arange(T, device=minibatch.device), minibatch, indexing="ij"))    # (T * B,), timestep by timestep
+    parameters = [p for p in unet.parameters() if p.requires_grad]
+    optimizer.zero_grad(set_to_none=True)
+    losses, ratios = [], []
+    for chunk in torch.arange(len(steps), device=steps.device).split(micro_batch):
+        i, k = samples[chunk], steps[chunk]
+        log_prob = policy_log_prob(unet, scheduler, trajectories, i, k, uncond, eta, w)
+        loss, ratio = ppo_loss(log_prob, trajectories.log_probs[i, k], trajectories.advantages[i], clip_range)
+        if algorithm == "ddpo-sf":
+            loss = reinforce_loss(log_prob, trajectories.advantages[i])
+        (loss.sum() / len(steps)).backward()
+        losses.append(loss.detach())
+        ratios.append(ratio.detach())
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    optimizer.step()
+    ratio = torch.cat(ratios).reshape(T, -1)
+    outside = ((ratio - 1).abs() > clip_range).float()
+    return {"loss": torch.cat(losses).mean(), "grad_norm": grad_norm, "approx_kl": 0.5 * ratio.log().square().mean(),
+            "clip_fraction": outside.mean(), "clip_fraction_by_step": outside.mean(1), "ratio_error": (ratio - 1).abs().max()}
