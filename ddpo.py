@@ -70,15 +70,16 @@ class Trajectories:
 
 
 @torch.no_grad()
-def sample(unet, scheduler, cond, uncond, noise, T, eta, w):
+def sample(unet, scheduler, cond, uncond, noise, T, eta, w, progress=iter):
     """Roll out the policy: x_T ~ N(0, I), then T steps x_{t-1} ~ p_theta(. | x_t, c).
 
     cond (B, m, d); uncond (1, m, d), the empty prompt; noise (B, T+1, 4, h, w), for x_T and for each step -> Trajectories.
+    `progress` may wrap the loop over the steps in a bar.
     """
     timesteps = scheduler.timesteps(T)
     x, log_probs = noise[:, 0], []
     latents = [x]
-    for i in range(T):
+    for i in progress(range(T)):
         t = timesteps[i].expand(len(x))
         eps = predict_noise(unet, x, t, cond, uncond, w)
         x, log_prob = scheduler.step(eps, x, t, T, eta, noise[:, i + 1])
@@ -147,12 +148,12 @@ def policy_log_prob(unet, scheduler, trajectories, samples, steps, uncond, eta, 
     return gaussian_log_prob(x_prev, *scheduler.mean_std(eps, x_t, t, T, eta))
 
 
-def update(unet, optimizer, scheduler, trajectories, minibatch, uncond, *, algorithm, eta, w, clip_range, micro_batch, max_grad_norm):
+def update(unet, optimizer, scheduler, trajectories, minibatch, uncond, *, algorithm, eta, w, clip_range, micro_batch, max_grad_norm, progress=iter):
     """One optimizer step on the samples `minibatch` (indices) with all their timesteps, in micro-batches of `micro_batch` pairs -> metrics.
 
     Pairs are taken timestep by timestep; since all of them go into one gradient, their order and the size of the micro-batches change
     nothing but rounding. With micro_batch = the rollout's batch, each micro-batch repeats a rollout's forward pass, and ratios
-    are exactly 1 before the first update. Metrics: 0-dim tensors, and `clipped_by_step` and `ratio_error`; see README.
+    are exactly 1 before the first update. Metrics are tensors, nothing waits for the device: see the README for what they mean.
     """
     T = len(trajectories.timesteps)
     steps, samples = (index.flatten() for index in torch.meshgrid(
@@ -160,7 +161,7 @@ def update(unet, optimizer, scheduler, trajectories, minibatch, uncond, *, algor
     parameters = [p for p in unet.parameters() if p.requires_grad]
     optimizer.zero_grad(set_to_none=True)
     losses, ratios = [], []
-    for chunk in torch.arange(len(steps), device=steps.device).split(micro_batch):
+    for chunk in progress(torch.arange(len(steps), device=steps.device).split(micro_batch)):
         i, k = samples[chunk], steps[chunk]
         log_prob = policy_log_prob(unet, scheduler, trajectories, i, k, uncond, eta, w)
         loss, ratio = ppo_loss(log_prob, trajectories.log_probs[i, k], trajectories.advantages[i], clip_range)

@@ -14,7 +14,6 @@ the safety checker), and a config that asks for it is refused by name; the resul
 """
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -362,6 +361,20 @@ def check_config(config, where, **required):
     for name, value in required.items():
         if config.get(name, value) != value:
             raise ValueError(f"{where} has {name} = {config[name]!r}; only {value!r} (Stable Diffusion v1.x) is implemented")
+
+
+def locate(model):
+    """The folder of a model: a local one as it is, a hub id (owner/name) through huggingface_hub, only the files needed. Raises ValueError, one line."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    files = [f"{part}/{name}" for part in ("unet", "vae") for name in ("config.json", WEIGHTS)]
+    files += ["text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/*", "scheduler/*", "ddpo.json"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=files, etag_timeout=5))
+    except Exception as error:                          # no network, no such model, no access: many types, one meaning
+        raise ValueError(f"--model {model}: neither a folder nor to be had from the hub ({type(error).__name__}). Where there is a network: "
+                         f"`hf download {model} --local-dir FOLDER`, then --model FOLDER") from None
 
 
 def load(cls, folder, dtype=torch.float32):

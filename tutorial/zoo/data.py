@@ -119,7 +119,7 @@ def draw_ground(rng, colour, kind):
     if kind == "flat":
         marks = np.zeros((SIZE, SIZE))
     elif kind == "gradient":
-        marks = {0: x, 1: y, 2: (x + y) / 2}[rng.integers(3)] / SIZE * 0.7
+        marks = {0: x, 1: y, 2: (x + y) / 2}[rng.integers(3)] / SIZE * 0.5
     elif kind == "striped":
         marks = ({0: x, 1: y, 2: x + y}[rng.integers(3)] % period) < period * 0.375
     elif kind == "checkered":
@@ -128,7 +128,7 @@ def draw_ground(rng, colour, kind):
         marks = ((x % period - period / 2 + 0.5) ** 2 + (y % period - period / 2 + 0.5) ** 2) < (0.3 * period) ** 2
     else:                                                                                   # cloudy
         coarse = Image.fromarray((rng.uniform(0, 1, (5, 5)) * 255).astype(np.uint8))
-        marks = np.asarray(coarse.resize((SIZE, SIZE), Image.BICUBIC), dtype=np.float32) / 255
+        marks = np.asarray(coarse.resize((SIZE, SIZE), Image.BICUBIC), dtype=np.float32) / 255 * 0.6
     target = np.array([255.0] * 3 if contrast > 0 else [0.0] * 3)
     return base + (target - base) * abs(contrast) * np.asarray(marks, dtype=np.float32)[..., None]
 
