@@ -282,40 +282,43 @@ def draw_curve(out, config):
     plt.close(figure)
 
 
-def prepare_folder(config, given):
-    """The run's folder, made or found -> (Path, Config). A folder that holds a run is only touched with --resume, and then keeps its settings."""
-    if not config.out:
-        if config.resume:
-            raise ValueError("--resume needs --out: the folder of the run to go on with")
-        config.out = str(Path("runs") / f"{config.reward}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}")
+def resumed(given):
+    """With --resume, the settings of the run in --out under those given now, of which only a few may differ."""
+    if not given.get("resume"):
+        return given
+    if not given.get("out"):
+        raise ValueError("--resume needs --out: the folder of the run to go on with")
+    stored = Path(given["out"]) / "config.json"
+    if not stored.is_file():
+        raise ValueError(f"--out {given['out']} --resume: no config.json there, so no run to go on with")
+    before = json.loads(stored.read_text())
+    changed = [name for name in set(given) - {"out", "resume", "debug", "epochs", "device", "model"} if before.get(name) != given[name]]
+    if changed:
+        raise ValueError(f"--resume goes on with the settings of {stored}; leave out --{changed[0].replace('_', '-')}")
+    return {**before, **given}
+
+
+def make_folder(config):
+    """The run's folder, made; one that holds a run is only touched with --resume -> Path."""
     out = Path(config.out)
-    stored = out / "config.json"
-    if config.resume:
-        if not stored.is_file():
-            raise ValueError(f"--out {out} --resume: no config.json there, so no run to go on with")
-        before = json.loads(stored.read_text())
-        free = {"out", "resume", "debug", "epochs", "device", "model"}
-        changed = [name for name, value in given.items() if name not in free and before.get(name) != value]
-        if changed:
-            raise ValueError(f"--resume goes on with the settings of {stored}; leave out --{changed[0].replace('_', '-')}")
-        config = Config(**{**before, **{name: given[name] for name in free if name in given}})
-    elif stored.exists() or (out / "metrics.jsonl").exists():
+    if not config.resume and ((out / "config.json").exists() or (out / "metrics.jsonl").exists()):
         raise ValueError(f"--out {out} holds a run already: add --resume to go on with it, or choose another folder")
     for part in ("samples", "checkpoints"):
         (out / part).mkdir(parents=True, exist_ok=True)
-    stored.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    return out, config
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    return out
 
 
 def run(given):
+    given = resumed(given)
     device = choose_device(given.get("device", Config.device))
-    if given.get("resume") and given.get("out") and (Path(given["out"]) / "config.json").is_file():
-        given.setdefault("model", json.loads((Path(given["out"]) / "config.json").read_text())["model"])
     folder = choose_model(given.get("model", Config.model), device)
     config = resolve(given, folder)
-    prompts = load_prompts(config.prompts)
-    out, config = prepare_folder(config, given)
-    policy, reward = Policy(folder, device, config), REWARDS[config.reward]
+    config.out = config.out or str(Path("runs") / f"{config.reward}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}")
+    prompts, reward = load_prompts(config.prompts), REWARDS[config.reward]
+    policy = Policy(folder, device, config)
+    policy.scheduler.timesteps(config.steps)            # refuses an impossible T before a folder is made
+    out = make_folder(config)
     statistics = ddpo.PromptStatistics(config.history_size, config.min_count)
     optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     start, queries = read_checkpoint(out, policy, optimizer, statistics)

@@ -132,9 +132,9 @@ def small_unet(seed=0):
     return net
 
 
-def unet_rollout(B=5, T=3, w=5.0):
+def unet_rollout(B=5, T=3, w=5.0, scheduler=None):
     """A real UNet's rollout on 8x8 latents, with advantages of both signs -> net, scheduler, trajectories, uncond."""
-    net, scheduler = small_unet(), Scheduler.from_config(SD)
+    net, scheduler = small_unet(), scheduler or Scheduler.from_config(SD)
     g = torch.Generator().manual_seed(1)
     cond, uncond = 3 * torch.randn(B, 7, 16, generator=g), 3 * torch.randn(1, 7, 16, generator=g)
     noise = torch.stack([named_noise((4, 8, 8), T + 1, 0, 0, i) for i in range(B)])

@@ -29,7 +29,8 @@ def unet_config(channels, layers, attention, **more):
 
 def vae_config(channels, layers, **more):
     return dict(in_channels=3, out_channels=3, latent_channels=4, layers_per_block=layers, block_out_channels=channels, norm_num_groups=4,
-                sample_size=32, down_block_types=["DownEncoderBlock2D"] * len(channels), up_block_types=["UpDecoderBlock2D"] * len(channels)) | more
+                sample_size=32, down_block_types=["DownEncoderBlock2D"] * len(channels),
+                up_block_types=["UpDecoderBlock2D"] * len(channels)) | more
 
 
 UNETS = {
@@ -206,8 +207,12 @@ def test_vae_gradients_equal_diffusers(config, tmp_path):
     grads = []
     for net in (ours, theirs):
         pictures = vae_pictures(torch.float64).requires_grad_()
-        mean, log_var = net.posterior(pictures) if net is ours else (net.encode(pictures).latent_dist.mean, net.encode(pictures).latent_dist.logvar)
-        decoded = net.decode(mean * net.scaling_factor) if net is ours else net.decode(mean).sample
+        if net is ours:
+            mean, log_var = net.posterior(pictures)
+            decoded = net.decode(mean * net.scaling_factor)
+        else:
+            posterior = net.encode(pictures).latent_dist
+            mean, log_var, decoded = posterior.mean, posterior.logvar, net.decode(posterior.mean).sample
         backward(torch.cat([mean.flatten(), log_var.flatten(), decoded.flatten()]))
         grads.append(gradients(net, pictures=pictures))
     assert_gradients_equal(*grads, 1e-7)
@@ -346,7 +351,7 @@ FAULTS = {   # what is done to the folder, the exception, the file it must name,
     "config is empty": (lambda f: (f / "config.json").write_text(""), ValueError, "config.json", "not JSON"),
     "config lacks a field": (edit_config(block_out_channels="absent"), ValueError, "config.json", "block_out_channels"),
     "config of SD 2": (edit_config(use_linear_projection=True), ValueError, "config.json", "use_linear_projection"),
-    "block type of another model": (edit_config(down_block_types=["AttnDownBlock2D", "DownBlock2D"]), ValueError, "config.json", "AttnDownBlock2D"),
+    "block of another model": (edit_config(down_block_types=["AttnDownBlock2D", "DownBlock2D"]), ValueError, "config.json", "AttnDownBlock2D"),
     "config of another size": (edit_config(block_out_channels=[8, 32]), ValueError, unet.WEIGHTS, "mismatch"),
     "missing tensor": (edit_weights(lambda w: w.pop("conv_out.bias")), ValueError, unet.WEIGHTS, "conv_out.bias"),
     "extra tensor": (edit_weights(lambda w: w.update(extra=torch.zeros(1))), ValueError, unet.WEIGHTS, "extra"),
@@ -401,7 +406,7 @@ def test_full_size_unet_equals_diffusers(tmp_path, capsys):
         gradient_error = max((relative_error(p.grad, file.get_tensor(name), floor), name) for name, p in ours.named_parameters())
     reference.unlink()
     with capsys.disabled():
-        print(f"\nfull-size UNet: output off by {output_error:.1e} of its maximum, gradients at worst by {gradient_error[0]:.1e} ({gradient_error[1]})")
+        print(f"\nfull-size UNet: output off by {output_error:.1e} of its maximum, gradients by {gradient_error[0]:.1e} ({gradient_error[1]})")
     assert output_error < 1e-4
     assert gradient_error[0] < 1e-3, gradient_error
 

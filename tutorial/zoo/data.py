@@ -146,9 +146,9 @@ def compose(rng, art, name, colour, vendor=None):
     alpha = animal.getchannel("A")
     animal = ImageEnhance.Color(animal.convert("RGB")).enhance(saturation)
     animal.putalpha(alpha)
-    side = int(rng.choice([48, 56]))                    # few sizes, and places on a grid of 4 pixels: easier for a small VAE to draw sharply
+    side = int(rng.choice([48, 56]))                    # few sizes, and places on the latents' grid of 8 pixels: a small VAE can draw them sharply
     animal = animal.resize((side, side), Image.LANCZOS)
-    x, y = ((SIZE - side) // 2 + 4 * int(rng.integers(-1, 2)) for _ in range(2))
+    x, y = (8 * int(rng.integers((SIZE - side) // 8 + 1)) for _ in range(2))
     picture = Image.fromarray(draw_ground(rng, colour, kind).clip(0, 255).astype(np.uint8))
     picture.paste(animal, (x, y), animal)
     if blur:

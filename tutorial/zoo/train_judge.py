@@ -12,7 +12,7 @@ import data
 import judge as judge_module
 import loop
 
-STEPS, BATCH = 2500, 64
+STEPS, BATCH = 1800, 64
 ART = data.load_art()
 
 

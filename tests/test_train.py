@@ -1,0 +1,144 @@
+"""train.py from outside: run folders, resume, refusals. The model is the zoo, with settings so small that a run takes seconds."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import train
+
+TINY = ["--reward", "compressibility", "--model", "zoo", "--device", "cpu", "--epochs", "2", "--samples-per-epoch", "4", "--samples-per-prompt", "2",
+        "--batch-size", "2", "--steps", "3", "--eval-samples", "4", "--eval-every", "1", "--checkpoint-every", "1", "--micro-batch", "4",
+        "--sample-batch", "4"]
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_seconds(lines):
+    return [{name: value for name, value in line.items() if not name.startswith("seconds")} for line in lines]
+
+
+def weights(folder, epoch):
+    return load_file(folder / "checkpoints" / f"{epoch:06d}" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train.main([*TINY, "--out", str(folder)])
+    return folder
+
+
+def test_a_run_leaves_what_the_readme_promises(whole_run):
+    lines = metrics(whole_run)
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert [line["reward_queries"] for line in lines] == [4, 8, 8]
+    for name in ("reward_mean", "reward_std", "loss", "approx_kl", "clip_fraction", "grad_norm", "seconds_sampling", "seconds_reward",
+                 "seconds_training"):
+        assert all(np.isfinite(line[name]) for line in lines[:2]), name
+    assert len(lines[0]["clip_fraction_by_step"]) == 3
+    assert all("eval_reward_mean" in line for line in lines)
+    assert Image.open(whole_run / "samples" / "epoch_0000.png").size == (128, 128)
+    assert (whole_run / "reward.png").stat().st_size > 5000
+    assert json.loads((whole_run / "config.json").read_text())["micro_batch"] == 4
+    assert sorted(p.name for p in (whole_run / "checkpoints").iterdir()) == ["000001", "000002"]
+
+
+def test_the_ratio_is_one_at_the_first_update_of_each_epoch(whole_run):
+    assert [line["first_ratio_error"] for line in metrics(whole_run)[:2]] == pytest.approx([0, 0], abs=1e-5)
+
+
+def test_recorded_rewards_are_those_of_the_recorded_pictures(whole_run):
+    record = json.loads((whole_run / "samples" / "epoch_0000.json").read_text())
+    grid = np.asarray(Image.open(whole_run / "samples" / "epoch_0000.png"))
+    tiles = [grid[y:y + 64, x:x + 64] for y in (0, 64) for x in (0, 64)]
+    assert record["rewards"] == pytest.approx(train.REWARDS["compressibility"](np.stack(tiles), record["prompts"]).tolist())
+    assert metrics(whole_run)[0]["eval_reward_mean"] == pytest.approx(np.mean(record["rewards"]))
+
+
+def test_training_moves_the_unet_and_checkpoints_load(whole_run):
+    first, second = weights(whole_run, 1), weights(whole_run, 2)
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+    train.load(train.UNet, whole_run / "checkpoints" / "000002" / "unet")
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, tmp_path):
+    folder = tmp_path / "cut"
+    train.main([*TINY, "--out", str(folder), "--epochs", "1"])
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 1, "reward_que')              # killed in the middle of a line, and of a checkpoint
+    (folder / "checkpoints" / "000002.tmp").mkdir()
+    train.main(["--out", str(folder), "--resume", "--epochs", "2"])
+    assert without_seconds(metrics(folder)) == without_seconds(metrics(whole_run))
+    one, other = weights(folder, 2), weights(whole_run, 2)
+    assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+def test_results_do_not_depend_on_how_the_work_is_cut(whole_run, tmp_path):
+    train.main([*TINY, "--out", str(tmp_path / "run"), "--micro-batch", "1", "--sample-batch", "3"])
+    assert metrics(tmp_path / "run")[-1]["eval_reward_mean"] == pytest.approx(metrics(whole_run)[-1]["eval_reward_mean"], abs=5e-3)
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(whole_run, capsys):
+    before = (whole_run / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        train.main([*TINY, "--out", str(whole_run)])
+    assert "holds a run already" in str(end.value) and "\n" not in str(end.value)
+    assert (whole_run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--eta", "0"], "--eta 0: must be above 0"),
+    (["--epochs", "0"], "--epochs 0"),
+    (["--batch-size", "3"], "multiple"),
+    (["--batch-size", "400"], "--batch-size 400 is more than"),
+    (["--algorithm", "ddpo-sf"], "one update an epoch"),
+    (["--prompts", "nowhere.txt"], "nowhere.txt"),
+    (["--model", "nowhere/nothing"], "nowhere/nothing"),
+    (["--device", "tpu9"], "--device tpu9"),
+    (["--steps", "2000"], "steps = 2000"),
+    (["--resume"], "--resume needs --out"),
+])
+def test_bad_input_ends_in_one_line_that_names_it(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        train.main([*TINY, *arguments])
+    assert words in str(end.value) and "\n" not in str(end.value)
+
+
+def test_resume_refuses_other_settings(whole_run):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--out", str(whole_run), "--resume", "--lr", "0.5"])
+    assert "leave out --lr" in str(end.value)
+
+
+def test_settings_come_from_the_command_line_then_the_model_then_the_paper(tmp_path):
+    (tmp_path / "ddpo.json").write_text(json.dumps({"all": {"steps": 20, "lr": 0.1}, "ddpo-is": {"lr": 0.2}, "incompressibility": {"lr": 0.3}}))
+    assert train.resolve({}, tmp_path / "elsewhere").lr == 1e-5
+    assert train.resolve({}, tmp_path / "elsewhere").batch_size == 64
+    assert train.resolve({"algorithm": "ddpo-sf"}, tmp_path / "elsewhere").batch_size == 256
+    assert (train.resolve({}, tmp_path).steps, train.resolve({}, tmp_path).lr) == (20, 0.2)
+    assert train.resolve({"reward": "incompressibility"}, tmp_path).lr == 0.3
+    assert train.resolve({"reward": "incompressibility", "lr": 0.4}, tmp_path).lr == 0.4
+    (tmp_path / "ddpo.json").write_text(json.dumps({"all": {"stepz": 20}}))
+    with pytest.raises(ValueError, match="stepz"):
+        train.resolve({}, tmp_path)
+
+
+def test_paper_defaults_are_table_d5():
+    config = train.resolve({}, train.Path("nowhere"))
+    assert (config.steps, config.guidance, config.eta, config.samples_per_epoch, config.batch_size) == (50, 5.0, 1.0, 256, 64)
+    assert (config.lr, config.weight_decay, config.max_grad_norm, config.clip_range) == (1e-5, 1e-4, 1.0, 1e-4)
+
+
+def test_prompts_of_an_epoch_are_the_same_each_time_and_differ_between_epochs():
+    config = train.resolve({"samples_per_epoch": 64, "samples_per_prompt": 8}, train.Path("nowhere"))
+    animals = train.load_prompts("common-animals")
+    first = train.draw_prompts(animals, config, 0)
+    assert first == train.draw_prompts(animals, config, 0) != train.draw_prompts(animals, config, 1)
+    assert len(set(first)) == 8 and all(first.count(prompt) == 8 for prompt in first)
+    assert len(set(train.evaluation_prompts(animals, 64))) == 45
