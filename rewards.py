@@ -151,3 +151,19 @@ def load_prompts(name):
     if not prompts:
         raise ValueError(f"--prompts {name}: no prompt in it; one prompt a line")
     return list(dict.fromkeys(prompts))
+
+
+def draw_prompts(prompts, samples, repeats, rng):
+    """The prompts of an epoch's samples. The paper draws each independently (repeats = 1); with repeats > 1, samples / repeats prompts are
+    drawn, without repetition while there are enough, and taken `repeats` times each, so that per-prompt statistics mean something at once.
+
+    rng: a numpy Generator -> list of `samples` str.
+    """
+    count = samples // repeats
+    distinct = repeats > 1 and count <= len(prompts)
+    return [prompts[i] for i in rng.choice(len(prompts), size=count, replace=not distinct) for _ in range(repeats)]
+
+
+def spread_prompts(prompts, count):
+    """`count` fixed prompts to evaluate on, spread over the whole set, or going round it -> list of str."""
+    return [prompts[i * len(prompts) // count if len(prompts) > count else i % len(prompts)] for i in range(count)]

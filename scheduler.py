@@ -80,8 +80,10 @@ class Scheduler:
             if config.get(name, value) != value:
                 raise ValueError(f"{where} has {name} = {config[name]!r}; only {value!r} (Stable Diffusion v1.x) is implemented")
         count, first, last = config.get("num_train_timesteps", 1000), config.get("beta_start"), config.get("beta_end")
-        if not (isinstance(first, float) and isinstance(last, float)):
-            raise ValueError(f"{where} lacks beta_start or beta_end")
+        if not (isinstance(first, (int, float)) and isinstance(last, (int, float)) and 0 < first <= last < 1):
+            raise ValueError(f"{where} has beta_start = {first!r}, beta_end = {last!r}; needed: 0 < beta_start <= beta_end < 1")
+        if not (isinstance(count, int) and count > 0):
+            raise ValueError(f"{where} has num_train_timesteps = {count!r}; needed: a whole number above 0")
         kind = config.get("beta_schedule")
         if kind == "scaled_linear":
             betas = torch.linspace(first**0.5, last**0.5, count, dtype=torch.float32) ** 2
@@ -100,9 +102,12 @@ class Scheduler:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: not the scheduler folder of a model in the diffusers layout")
         try:
-            return cls.from_config(json.loads(path.read_text()), path)
-        except json.JSONDecodeError as error:
+            config = json.loads(path.read_text())
+        except ValueError as error:                     # not JSON, or not even text
             raise ValueError(f"{path} is not JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} is not a JSON object")
+        return cls.from_config(config, path)
 
     def to(self, device):
         return Scheduler(self.alphas_bar.to(device), self.final_alpha_bar, self.steps_offset)

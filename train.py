@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import ddpo
-from rewards import REWARDS, load_prompts
+from rewards import REWARDS, draw_prompts, load_prompts, spread_prompts
 from scheduler import Scheduler
 from unet import VAE, UNet, load, locate, save
 
@@ -184,19 +184,6 @@ def ticking(bar, amount, iterable):
         bar.update(amount)
 
 
-def draw_prompts(prompts, config, epoch):
-    """The prompts of an epoch: `samples_per_prompt` of each of so many drawn without repetition, or all drawn independently as in the paper."""
-    rng = np.random.default_rng([config.seed, epoch])
-    count = config.samples_per_epoch // config.samples_per_prompt
-    distinct = config.samples_per_prompt > 1 and count <= len(prompts)
-    return [prompts[i] for i in rng.choice(len(prompts), size=count, replace=not distinct) for _ in range(config.samples_per_prompt)]
-
-
-def evaluation_prompts(prompts, count):
-    """`count` fixed prompts, spread over the whole set."""
-    return [prompts[i * len(prompts) // count if len(prompts) > count else i % len(prompts)] for i in range(count)]
-
-
 def evaluate(policy, reward, prompts, epoch, out):
     """Reward the fixed prompts and noises; write the grid of pictures and the figures behind it -> rewards (B,)."""
     _, images = policy.sample(prompts, EVALUATION, "evaluating")
@@ -324,7 +311,7 @@ def run(given):
     start, queries = read_checkpoint(out, policy, optimizer, statistics)
     lines = read_metrics(out, before=start)
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    fixed_prompts = evaluation_prompts(prompts, config.eval_samples)
+    fixed_prompts = spread_prompts(prompts, config.eval_samples)
     print(f"{config.algorithm} on {config.reward}: {config.epochs} epochs of {config.samples_per_epoch} pictures, into {out}", flush=True)
 
     for epoch in range(start, config.epochs + 1):
@@ -351,14 +338,14 @@ EMPTY = ("reward_mean", "reward_std", "loss", "approx_kl", "clip_fraction", "gra
 
 def one_epoch(policy, reward, prompts, statistics, optimizer, epoch):
     """Sample, reward, normalise, update: one round of the paper's loop -> metrics."""
-    drawn = draw_prompts(prompts, policy.config, epoch)
+    c = policy.config
+    drawn = draw_prompts(prompts, c.samples_per_epoch, c.samples_per_prompt, np.random.default_rng([c.seed, epoch]))
     clock = [time.time()]
     trajectories, images = policy.sample(drawn, epoch, f"epoch {epoch}: sampling")
     clock.append(time.time())
     scores = np.asarray(reward(images, drawn), dtype=np.float32)
     if scores.shape != (len(drawn),) or not np.isfinite(scores).all():
-        raise ValueError(f"--reward {policy.config.reward} gave {scores.shape} scores, all finite: {np.isfinite(scores).all()}; "
-                         f"it must give one finite number for each of {len(drawn)} pictures")
+        raise ValueError(f"--reward {c.reward} must give one finite number for each of {len(drawn)} pictures; it gave {scores}")
     clock.append(time.time())
     trajectories.rewards = torch.from_numpy(scores).to(policy.device)
     trajectories.advantages = ddpo.normalize_advantages(trajectories.rewards, *statistics.update(drawn, trajectories.rewards))

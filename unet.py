@@ -37,16 +37,6 @@ def timestep_embedding(timesteps, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class TimestepEmbedding(nn.Module):
-    def __init__(self, dim_in, dim):
-        super().__init__()
-        self.linear_1 = nn.Linear(dim_in, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-
-    def forward(self, x):
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x))) + time))). (B, c_in, h, w), time embedding (B, time_dim) or None -> (B, c_out, h, w)."""
 
@@ -87,23 +77,16 @@ class Attention(nn.Module):
         return self.to_out[0](h.transpose(1, 2).flatten(2))                     # (B, n, dim)
 
 
-class GEGLU(nn.Module):
-    def __init__(self, dim, dim_out):
-        super().__init__()
-        self.proj = nn.Linear(dim, 2 * dim_out)
-
-    def forward(self, x):
-        x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
-
-
 class FeedForward(nn.Module):
+    """GEGLU: half of a wide layer, gated by the gelu of the other half."""
+
     def __init__(self, dim):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])    # Identity: the place of a dropout
+        self.net = nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(dim, 8 * dim)}), nn.Identity(), nn.Linear(4 * dim, dim)])    # Identity: a dropout's place
 
     def forward(self, x):
-        return self.net[2](self.net[0](x))
+        x, gate = self.net[0]["proj"](x).chunk(2, dim=-1)
+        return self.net[2](x * F.gelu(gate))
 
 
 class TransformerBlock(nn.Module):
@@ -154,6 +137,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Doubles height and width: nearest neighbours, then a convolution."""
+
     def __init__(self, dim):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
@@ -172,7 +157,7 @@ class Block(nn.Module):
         self.downsamplers = nn.ModuleList([downsampler] if downsampler else [])
         self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
 
-    def layer(self, i, x, time, context):
+    def layer(self, i, x, time=None, context=None):
         x = self.resnets[i](x, time)
         return self.attentions[i](x, context) if i < len(self.attentions) else x
 
@@ -186,14 +171,16 @@ class UNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        check_config(config, "the UNet's config.json", act_fn="silu", center_input_sample=False, class_embed_type=None, downsample_padding=1,
+        check_config(config, act_fn="silu", center_input_sample=False, class_embed_type=None, downsample_padding=1,
                      dual_cross_attention=False, flip_sin_to_cos=True, freq_shift=0, mid_block_type="UNetMidBlock2DCrossAttn",
                      num_class_embeds=None, only_cross_attention=False, resnet_time_scale_shift="default", transformer_layers_per_block=1,
-                     upcast_attention=False, use_linear_projection=False, time_embedding_type="positional", addition_embed_type=None)
+                     upcast_attention=False, use_linear_projection=False, time_embedding_type="positional", addition_embed_type=None, timestep_post_act=None, mid_block_scale_factor=1)
         self.config, self.gradient_checkpointing = config, False
         channels, layers = config["block_out_channels"], config["layers_per_block"]
         groups, eps, context_dim = config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5), config["cross_attention_dim"]
         heads = config["attention_head_dim"]              # v1.x files call the number of heads `attention_head_dim`
+        if not isinstance(heads, int) or any(c % heads for c in channels):
+            raise ValueError(f"attention_head_dim = {heads!r} does not divide each of block_out_channels = {channels}")
         time_dim = 4 * channels[0]
 
         def resnet(c_in, c_out):
@@ -203,7 +190,7 @@ class UNet(nn.Module):
             return SpatialTransformer(c, context_dim, heads, groups)
 
         self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(channels[0], time_dim)
+        self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(channels[0], time_dim), "linear_2": nn.Linear(time_dim, time_dim)})
 
         self.down_blocks, skip_channels, c_in = nn.ModuleList(), [channels[0]], channels[0]
         for level, (kind, c) in enumerate(zip(config["down_block_types"], channels)):
@@ -230,7 +217,8 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config["out_channels"], 3, padding=1)
 
     def forward(self, latents, timesteps, context):
-        time = self.time_embedding(timestep_embedding(timesteps, self.conv_in.out_channels).to(latents.dtype))
+        time = self.time_embedding["linear_1"](timestep_embedding(timesteps, self.conv_in.out_channels).to(latents.dtype))
+        time = self.time_embedding["linear_2"](F.silu(time))                    # (B, time_dim)
         x = self.conv_in(latents)
         skips = [x]
         for block in self.down_blocks:
@@ -306,61 +294,55 @@ class Decoder(nn.Module):
 
 
 def run_plain(net, x, blocks):
-    """The VAE's two halves: blocks one after the other, with neither time nor prompt nor skip connections."""
+    """Either half of the VAE: blocks one after the other, with neither time nor prompt nor skip connections."""
     for block in blocks:
         for i in range(len(block.resnets)):
-            x = block.layer(i, x, None, None)
+            x = block.layer(i, x)
         for resample in [*block.downsamplers, *block.upsamplers]:
             x = resample(x)
     return net.conv_out(F.silu(net.conv_norm_out(x)))
 
 
 class VAE(nn.Module):
-    """The autoencoder between pictures and latents (8 times smaller in v1.4). Latents here are *scaled*: what the UNet sees, of variance about 1."""
+    """The autoencoder between pictures and latents, 8 times smaller a side with four levels. Latents here are *scaled*: of variance about 1."""
 
     def __init__(self, config):
         super().__init__()
-        check_config(config, "the VAE's config.json", act_fn="silu", use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True,
+        check_config(config, act_fn="silu", use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True,
                      shift_factor=None, latents_mean=None, latents_std=None)
         self.config = config
         self.scaling_factor = config.get("scaling_factor", 0.18215)              # absent from v1.4's file
-        shape = config["block_out_channels"], config["layers_per_block"], config.get("norm_num_groups", 32)
-        c_latent = config["latent_channels"]
+        shape, c_latent = (config["block_out_channels"], config["layers_per_block"], config.get("norm_num_groups", 32)), config["latent_channels"]
         self.encoder = Encoder(config["in_channels"], 2 * c_latent, *shape)
         self.decoder = Decoder(c_latent, config["out_channels"], *shape)
         self.quant_conv = nn.Conv2d(2 * c_latent, 2 * c_latent, 1)
         self.post_quant_conv = nn.Conv2d(c_latent, c_latent, 1)
 
-    @property
-    def factor(self):
-        """How many times smaller than the picture the latents are, per side."""
-        return 2 ** (len(self.config["block_out_channels"]) - 1)
-
     def posterior(self, images):
-        """Images (B, 3, H, W) in [-1, 1] -> mean and log variance of q(z | image), unscaled, each (B, 4, H/factor, W/factor)."""
+        """Images (B, 3, H, W) in [-1, 1] -> mean and log variance of q(z | image), unscaled, each (B, 4, H/8, W/8)."""
         mean, log_var = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, log_var.clamp(-30.0, 20.0)
 
     def encode(self, images):
-        """Images (B, 3, H, W) in [-1, 1] -> the posterior's mean as scaled latents (B, 4, H/factor, W/factor)."""
+        """Images (B, 3, H, W) in [-1, 1] -> the posterior's mean as scaled latents (B, 4, H/8, W/8)."""
         return self.posterior(images)[0] * self.scaling_factor
 
     def decode(self, latents):
-        """Scaled latents (B, 4, h, w) -> images (B, 3, factor*h, factor*w), about [-1, 1], not clamped."""
+        """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w), about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(latents / self.scaling_factor))
 
 
 def has_attention(kind):
     if kind not in ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"):
-        raise ValueError(f"the UNet's config.json asks for block type {kind!r}; this is Stable Diffusion v1.x only")
+        raise ValueError(f"block type {kind!r} is not implemented")
     return kind.startswith("CrossAttn")
 
 
-def check_config(config, where, **required):
+def check_config(config, **required):
     """Raise ValueError where a config asks for something that Stable Diffusion v1.x does not have; absent fields are fine."""
     for name, value in required.items():
         if config.get(name, value) != value:
-            raise ValueError(f"{where} has {name} = {config[name]!r}; only {value!r} (Stable Diffusion v1.x) is implemented")
+            raise ValueError(f"{name} = {config[name]!r}; only {value!r} is implemented")
 
 
 def locate(model):
@@ -381,27 +363,25 @@ def load(cls, folder, dtype=torch.float32):
     """A `UNet` or `VAE` from a diffusers-layout folder: config.json and safetensors weights of any float type, strictly.
 
     Old VAE files name the attention projections query, key, value and proj_attn: they are renamed. Raises FileNotFoundError or
-    ValueError, one line, with the file's name.
+    ValueError, one line that names the file.
     """
     folder = Path(folder)
     for name in ("config.json", WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing: not the folder of a {cls.__name__} in the diffusers layout (safetensors)")
     try:
-        config = json.loads((folder / "config.json").read_text())
-        net = cls(config)
+        net = cls(json.loads((folder / "config.json").read_text()))
+    except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        lacks = "lacks the field " if isinstance(error, KeyError) else ""
+        raise ValueError(f"{folder / 'config.json'} is not the config of a {cls.__name__} of Stable Diffusion v1.x: {lacks}{error}") from None
+    try:
         weights = load_file(folder / WEIGHTS)
-        renames = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-        for old, new in renames.items():
+        for old, new in {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}.items():
             weights = {key.replace(old, new): tensor for key, tensor in weights.items()}
         for key, tensor in net.state_dict().items():      # old files keep the VAE's linear projections as 1x1 convolutions
-            if key in weights and weights[key].ndim == 4 and tensor.ndim == 2:
+            if key in weights and weights[key].shape == (*tensor.shape, 1, 1):
                 weights[key] = weights[key][:, :, 0, 0]
         net.load_state_dict(weights, strict=True)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from None
-    except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'} lacks the field {error}") from None
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder / WEIGHTS} does not fit {folder / 'config.json'}: {' '.join(str(error).split())[:300]}") from None
     return net.to(dtype)

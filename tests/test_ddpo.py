@@ -1,4 +1,4 @@
-"""ddpo.py against oracles that share no code with it: closed forms of Gaussian problems, torch.distributions, diffusers, hand-worked numbers.
+"""ddpo.py against oracles that share no code with it: closed forms of Gaussian problems, torch.distributions, diffusers, numbers by hand.
 
 The closed forms use the DDPM posterior (Ho et al. 2020, Eq. 6-7 and 11), which DDIM with eta = 1 equals but is written quite differently.
 """
@@ -21,17 +21,27 @@ os.environ["HF_HUB_OFFLINE"] = "1"         # before diffusers is imported: no te
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ddpo  # noqa: E402
-from ddpo import (PromptStatistics, Trajectories, guided_noise, named_noise, normalize_advantages, policy_log_prob, ppo_loss,  # noqa: E402
-                  predict_noise, reinforce_loss, sample, update)
+from ddpo import (  # noqa: E402
+    PromptStatistics, Trajectories, guided_noise, named_noise, normalize_advantages, policy_log_prob, ppo_loss, predict_noise,
+    reinforce_loss, sample, update)
 from scheduler import Scheduler  # noqa: E402
 from unet import UNet  # noqa: E402
 
-SD = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False,
-          clip_sample=False, prediction_type="epsilon", timestep_spacing="leading")
+SD = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+          set_alpha_to_one=False, clip_sample=False, prediction_type="epsilon", timestep_spacing="leading")
 TOY = Scheduler(torch.linspace(0.8, 0.1, 12), 0.9, 3)      # timesteps 11, 7, 3 (T = 3); 9, 3 (T = 2); 3 (T = 1)
 UNET = dict(in_channels=4, out_channels=4, block_out_channels=[16, 32], layers_per_block=1, norm_num_groups=8, cross_attention_dim=16,
-            attention_head_dim=2, down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"])
-NO_CLIP = math.inf
+            attention_head_dim=2, down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+            up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small are slower on several threads, ten times so on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class ConstantNoise(nn.Module):
@@ -110,16 +120,16 @@ def oracle_ppo(ratio, advantages, c):
 
 def toy_rollout(net, B, T, seed=0, context=None, uncond=None, w=1):
     noise = torch.randn(B, T + 1, 4, 1, 1, generator=torch.Generator().manual_seed(seed))
-    context = torch.zeros(B, 1, 1) if context is None else context
-    return sample(net, TOY, context, torch.zeros(1, 1, 1) if uncond is None else uncond, noise, T, 1.0, w)
+    context, uncond = (torch.zeros(n, 1, 1) if given is None else given for n, given in ((B, context), (1, uncond)))
+    return sample(net, TOY, context, uncond, noise, T, 1.0, w)
 
 
-def toy_update(net, trajectories, minibatch=None, optimizer=None, algorithm="ddpo-sf", clip_range=1e-4, micro_batch=10**6, max_grad_norm=NO_CLIP,
-               uncond=None, w=1):
+def toy_update(net, trajectories, minibatch=None, optimizer=None, algorithm="ddpo-sf", clip_range=1e-4, micro_batch=10**6,
+               max_grad_norm=math.inf, uncond=None, w=1):
     optimizer = optimizer or torch.optim.SGD(net.parameters(), lr=0.0)
     minibatch = torch.arange(len(trajectories)) if minibatch is None else minibatch
-    return update(net, optimizer, TOY, trajectories, minibatch, torch.zeros(1, 1, 1) if uncond is None else uncond, algorithm=algorithm, eta=1.0,
-                  w=w, clip_range=clip_range, micro_batch=micro_batch, max_grad_norm=max_grad_norm)
+    return update(net, optimizer, TOY, trajectories, minibatch, torch.zeros(1, 1, 1) if uncond is None else uncond, algorithm=algorithm,
+                  eta=1.0, w=w, clip_range=clip_range, micro_batch=micro_batch, max_grad_norm=max_grad_norm)
 
 
 def small_unet(seed=0):
@@ -128,7 +138,7 @@ def small_unet(seed=0):
     with torch.no_grad():
         for name, p in net.named_parameters():
             if "attn2" in name:
-                p.mul_(3)              # so that the prompt matters to a network that has learnt nothing
+                p.mul_(2)              # so that the prompt matters to a network that has learnt nothing
     return net
 
 
@@ -136,17 +146,17 @@ def unet_rollout(B=5, T=3, w=5.0, scheduler=None):
     """A real UNet's rollout on 8x8 latents, with advantages of both signs -> net, scheduler, trajectories, uncond."""
     net, scheduler = small_unet(), scheduler or Scheduler.from_config(SD)
     g = torch.Generator().manual_seed(1)
-    cond, uncond = 3 * torch.randn(B, 7, 16, generator=g), 3 * torch.randn(1, 7, 16, generator=g)
+    cond, uncond = torch.randn(B, 7, 16, generator=g), torch.randn(1, 7, 16, generator=g)
     noise = torch.stack([named_noise((4, 8, 8), T + 1, 0, 0, i) for i in range(B)])
     trajectories = sample(net, scheduler, cond, uncond, noise, T, 1.0, w)
     trajectories.advantages = torch.tensor([1.5, -0.7, 0.3, -2.0, 0.9, -0.2, 1.1])[:B]
     return net, scheduler, trajectories, uncond
 
 
-def unet_update(net, scheduler, trajectories, uncond, micro_batch, optimizer=None, clip_range=0.02, max_grad_norm=NO_CLIP, algorithm="ddpo-is"):
-    optimizer = optimizer or torch.optim.SGD(net.parameters(), lr=0.1)
-    return update(net, optimizer, scheduler, trajectories, torch.arange(len(trajectories)), uncond, algorithm=algorithm, eta=1.0, w=5.0,
-                  clip_range=clip_range, micro_batch=micro_batch, max_grad_norm=max_grad_norm)
+def unet_update(net, scheduler, trajectories, uncond, micro_batch, optimizer=None):
+    optimizer = optimizer or torch.optim.SGD(net.parameters(), lr=0.01)
+    return update(net, optimizer, scheduler, trajectories, torch.arange(len(trajectories)), uncond, algorithm="ddpo-is", eta=1.0, w=5.0,
+                  clip_range=0.02, micro_batch=micro_batch, max_grad_norm=math.inf)
 
 
 def moved(net, size=0.003):
@@ -175,15 +185,14 @@ def relative(x, y):
 
 THETA, TARGET = [0.5, -0.3, 0.8, -1.0], torch.tensor([1.0, 0.5, -0.5, 0.2])
 REWARDS = {   # r(x_0), and with x_0 ~ N(K theta, V I): E[r] and its gradient with respect to theta
-    "linear": (lambda x: x @ TARGET,
-               lambda K, V, theta: (K * theta @ TARGET.double(), K * TARGET.double())),
+    "linear": (lambda x: x @ TARGET, lambda K, V, theta: (K * theta @ TARGET.double(), K * TARGET.double())),
     "quadratic": (lambda x: -(x - TARGET).square().sum(1),
                   lambda K, V, theta: (-(K * theta - TARGET).square().sum() - 4 * V, -2 * K * (K * theta - TARGET.double()))),
 }
 
 
 def gradient_estimates(T, reward, algorithm="ddpo-sf", groups=100, size=2000):
-    """`groups` independent Monte Carlo gradients through sample and update, (groups, 4), and the analytic gradient of the mean loss (4,)."""
+    """`groups` independent Monte Carlo gradients through sample and update, (groups, 4), and the loss's analytic gradient (4,)."""
     net = ConstantNoise(THETA)
     K, V = x0_given_constant_noise(TOY, T)
     function, closed_form = REWARDS[reward]
@@ -234,8 +243,8 @@ def test_a_loss_with_a_wrong_sign_or_factor_fails_the_same_check(factor, monkeyp
 @pytest.mark.parametrize("algorithm, minibatches", [("ddpo-sf", 1), ("ddpo-is", 4)])
 def test_training_reaches_the_optimum_of_every_prompt_through_guidance(algorithm, minibatches):
     """Two prompts with rewards on very different scales: without statistics per prompt the second one would learn nothing."""
-    T, B, w, epochs = 2, 128, 3.0, 300
-    targets = torch.tensor([[1.0, -0.5, 0.3, 0.0], [-0.6, 0.4, 0.0, 0.9]])
+    T, B, w, epochs = 2, 256, 3.0, 150
+    targets = torch.tensor([[2.0, -1.0, 0.6, 0.0], [-1.2, 0.8, 0.0, 1.8]])
     scale, offset = torch.tensor([1000.0, 1.0]), torch.tensor([0.0, 500.0])
     K, _ = x0_given_constant_noise(TOY, T)
     net, statistics, which = NoisePerPrompt(2), PromptStatistics(size=64, min_count=16), torch.arange(B) % 2
@@ -246,15 +255,17 @@ def test_training_reaches_the_optimum_of_every_prompt_through_guidance(algorithm
         trajectories = toy_rollout(net, B, T, seed=epoch, context=context, uncond=uncond, w=w)
         x0 = trajectories.latents[:, -1].flatten(1)
         trajectories.rewards = offset[which] - scale[which] * (x0 - targets[which]).square().sum(1)
-        trajectories.advantages = normalize_advantages(trajectories.rewards, *statistics.update([f"prompt {i}" for i in which], trajectories.rewards))
+        mean_std = statistics.update([f"prompt {i}" for i in which], trajectories.rewards)
+        trajectories.advantages = normalize_advantages(trajectories.rewards, *mean_std)
         for minibatch in torch.randperm(B, generator=g).chunk(minibatches):
-            toy_update(net, trajectories, minibatch, optimizer, algorithm, clip_range=0.05, micro_batch=48, max_grad_norm=1.0, uncond=uncond, w=w)
+            toy_update(net, trajectories, minibatch, optimizer, algorithm, clip_range=0.05, micro_batch=300, max_grad_norm=1.0,
+                       uncond=uncond, w=w)
         optimizer.param_groups[0]["lr"] = 0.03 * (1 - epoch / epochs)
         history.append(net.theta.detach().clone())
-    theta = torch.stack(history[-100:]).mean(0)            # the average is less noisy than the last one
+    theta = torch.stack(history[-50:]).mean(0)             # the average is less noisy than the last one
     guided = w * theta + (1 - w) * 0.5 * theta[0]
+    assert relative(guided, targets / K) < 0.15             # it started from 0, where this is 1
     assert (guided - targets / K).abs().max() < 0.15
-    assert (targets / K).abs().max() > 1.0                  # and it started from 0: there was a way to go
 
 
 # ---- 3. The ratio before the first update is 1 ----
@@ -276,7 +287,8 @@ def test_ratio_is_1_to_rounding_at_any_micro_batch(micro_batch):
 @pytest.fixture(scope="module")
 def off_policy():
     """A rollout, weights that have moved since, and the gradient of the whole minibatch in one float64 batch of the oracle."""
-    net, scheduler, trajectories, uncond = unet_rollout()
+    net, scheduler, trajectories, uncond = unet_rollout(scheduler=TOY)         # its last sigma isn't tiny: little rounding
+    trajectories.log_probs += 0.03 * torch.randn(5, 3, generator=torch.Generator().manual_seed(2))
     net = moved(net)
     exact = copy.deepcopy(net).double()
     ratio = (oracle_log_probs(exact, scheduler, trajectories, uncond, 5.0) - trajectories.log_probs).exp()
@@ -286,9 +298,9 @@ def off_policy():
 
 
 def test_off_policy_problem_has_ratios_on_both_sides_of_the_clip(off_policy):
-    distance = (off_policy[4] - 1).abs()
-    assert 0.2 < (distance > 0.02).double().mean() < 0.8
-    assert (distance - 0.02).abs().min() > 1e-4                # none so near the edge that rounding decides
+    change = off_policy[4] - 1
+    assert (change > 0.02).sum() >= 2 and (change < -0.02).sum() >= 2 and (change.abs() < 0.02).sum() >= 2
+    assert (change.abs() - 0.02).abs().min() > 1e-4            # none so near the edge that rounding decides
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 5, 15])
@@ -307,7 +319,7 @@ def test_micro_batch_does_not_change_an_sgd_step(off_policy, micro_batch):
     nets = [copy.deepcopy(off_policy[0]) for _ in range(2)]
     for net, size in zip(nets, (micro_batch, 15)):
         unet_update(net, *off_policy[1:4], size)
-    assert relative(flat_grad(nets[0]), flat_grad(nets[1])) < 5e-6
+    assert relative(flat_grad(nets[0]), flat_grad(nets[1])) < 2e-5
     assert relative(flat_weights(nets[0]), flat_weights(nets[1])) < 1e-6
     assert relative(flat_weights(nets[1]), flat_weights(off_policy[0])) > 1e-4          # a step was taken at all
 
@@ -344,7 +356,7 @@ def test_guided_noise_is_equation_3():
 
 def test_predict_noise_in_one_pass_equals_two_separate_passes():
     net, _, trajectories, uncond = unet_rollout()
-    net, x, t, cond = Recorder(net), trajectories.latents[:, 1], torch.tensor([981, 1, 500, 1, 7]), trajectories.prompt_embeds
+    net, x, t, cond = Recorder(net), trajectories.latents[:, 0], torch.tensor([981, 1, 500, 1, 7]), trajectories.prompt_embeds
     with torch.no_grad():
         separate = 5.0 * net(x, t, cond) - 4.0 * net(x, t, uncond.repeat(5, 1, 1))
         net.batches.clear()
@@ -357,7 +369,7 @@ def test_predict_noise_in_one_pass_equals_two_separate_passes():
 
 def test_guidance_1_is_the_plain_conditional_model_at_half_the_cost():
     net, _, trajectories, uncond = unet_rollout()
-    net, x, t, cond = Recorder(net), trajectories.latents[:, 1], torch.tensor([981, 1, 500, 1, 7]), trajectories.prompt_embeds
+    net, x, t, cond = Recorder(net), trajectories.latents[:, 0], torch.tensor([981, 1, 500, 1, 7]), trajectories.prompt_embeds
     with torch.no_grad():
         plain, nearly = predict_noise(net, x, t, cond, uncond, 1.0), predict_noise(net, x, t, cond, uncond, 1.0 + 1e-7)
         expected = net.net(x, t, cond)
@@ -417,9 +429,9 @@ def test_reinforce_loss_by_hand():
 def test_statistics_are_of_the_last_size_rewards_of_each_prompt_this_epoch_included():
     statistics = PromptStatistics(size=3, min_count=2)
     mean, std = statistics.update(["a", "a", "b", "b"], torch.tensor([1.0, 3.0, 10.0, 30.0]))
-    assert mean.tolist() == [2, 2, 20, 20] and std.tolist() == [1, 1, 10, 10]                   # population std: divided by n
+    assert mean.tolist() == [2, 2, 20, 20] and std.tolist() == [1, 1, 10, 10]         # population std: divided by n
     mean, std = statistics.update(["a", "b", "a"], torch.tensor([5.0, 20.0, 1.0]))
-    assert mean.tolist() == pytest.approx([3, 20, 3])                                           # a: 3 5 1, the first 1 forgotten; b: 10 30 20
+    assert mean.tolist() == pytest.approx([3, 20, 3])          # a: 3 5 1, the first 1 is forgotten; b: 10 30 20
     assert std.tolist() == pytest.approx([math.sqrt(8 / 3), math.sqrt(200 / 3), math.sqrt(8 / 3)])
 
 
@@ -427,8 +439,8 @@ def test_a_prompt_with_few_rewards_is_normalised_by_the_whole_batch():
     statistics = PromptStatistics(size=8, min_count=3)
     mean, std = statistics.update(["a", "a", "a", "b"], torch.tensor([1.0, 2.0, 3.0, 10.0]))
     assert mean.tolist() == [2, 2, 2, 4]
-    assert std.tolist() == pytest.approx([math.sqrt(2 / 3)] * 3 + [math.sqrt(12.5)])            # (9 + 4 + 1 + 36) / 4
-    mean, std = statistics.update(["b", "b"], torch.tensor([4.0, 4.0]))                         # now it has three: 10 4 4
+    assert std.tolist() == pytest.approx([math.sqrt(2 / 3)] * 3 + [math.sqrt(12.5)])        # (9 + 4 + 1 + 36) / 4
+    mean, std = statistics.update(["b", "b"], torch.tensor([4.0, 4.0]))             # now it has three: 10 4 4
     assert mean.tolist() == [6, 6] and std.tolist() == pytest.approx([math.sqrt(8)] * 2)
 
 
@@ -443,7 +455,7 @@ def test_paper_defaults_are_the_last_32_rewards_used_from_16_on():
 
 
 def test_advantages_by_hand_and_clipped():
-    rewards, mean, std = torch.tensor([5.0, 1.0, 1e3, -1e3, 7.0]), torch.tensor([3.0, 3.0, 0.0, 0.0, 7.0]), torch.tensor([1.0, 4.0, 2.0, 2.0, 0.0])
+    rewards, mean, std = torch.tensor([[5.0, 1.0, 1e3, -1e3, 7.0], [3.0, 3.0, 0.0, 0.0, 7.0], [1.0, 4.0, 2.0, 2.0, 0.0]])
     assert normalize_advantages(rewards, mean, std).tolist() == pytest.approx([2, -0.5, 10, -10, 0], rel=1e-5)
     assert normalize_advantages(rewards, mean, std, limit=5.0).tolist() == pytest.approx([2, -0.5, 5, -5, 0], rel=1e-5)
 
@@ -495,7 +507,8 @@ def test_log_probs_are_recomputed_for_any_pairs_in_any_order():
 
 @pytest.mark.parametrize("split", [[6], [2, 4], [1] * 6, [5, 1]], ids=str)
 def test_samples_depend_on_their_names_not_on_the_batch(split):
-    net, scheduler, cond = small_unet(), Scheduler.from_config(SD), torch.randn(6, 7, 16, generator=torch.Generator().manual_seed(1))
+    net, scheduler = small_unet(), Scheduler.from_config(SD)
+    cond = torch.randn(6, 7, 16, generator=torch.Generator().manual_seed(1))
 
     def rollout(indices):
         noise = torch.stack([named_noise((4, 8, 8), 4, 42, 3, i) for i in indices])
@@ -503,14 +516,14 @@ def test_samples_depend_on_their_names_not_on_the_batch(split):
 
     whole = rollout(list(range(6)))
     joined = Trajectories.cat([rollout(part.tolist()) for part in torch.arange(6).split(split)])
-    torch.testing.assert_close(joined.latents, whole.latents, rtol=1e-5, atol=1e-5)
+    assert (joined.latents - whole.latents).abs().max() < 1e-5 * whole.latents.abs().max()        # relative to their size, about 10 here
     torch.testing.assert_close(joined.log_probs, whole.log_probs, rtol=1e-5, atol=2e-5)
     assert torch.equal(joined.prompt_embeds, cond) and torch.equal(joined.timesteps, whole.timesteps) and joined.rewards is None
 
 
 def test_joined_trajectories_keep_rewards_and_advantages_in_order():
-    parts = [Trajectories(torch.zeros(b, 3, 4, 1, 1), torch.zeros(b, 2), torch.tensor([5, 1]), torch.zeros(b, 1, 1), torch.full((b,), float(b)),
-                          torch.full((b,), -float(b))) for b in (2, 1)]
+    parts = [Trajectories(torch.zeros(b, 3, 4, 1, 1), torch.zeros(b, 2), torch.tensor([5, 1]), torch.zeros(b, 1, 1),
+                          torch.full((b,), float(b)), torch.full((b,), -float(b))) for b in (2, 1)]
     joined = Trajectories.cat(parts)
     assert joined.rewards.tolist() == [2, 2, 1] and joined.advantages.tolist() == [-2, -2, -1] and joined.timesteps.tolist() == [5, 1]
 
@@ -536,7 +549,7 @@ def test_sampling_equals_diffusers_ddim_loop(T, eta):
     DDIMScheduler = pytest.importorskip("diffusers").DDIMScheduler
     net, peer = small_unet(), DDIMScheduler(**SD)
     g = torch.Generator().manual_seed(3)
-    cond, uncond, noise = torch.randn(2, 7, 16, generator=g), torch.randn(1, 7, 16, generator=g), torch.randn(2, T + 1, 4, 8, 8, generator=g)
+    cond, uncond, noise = (torch.randn(*shape, generator=g) for shape in ((2, 7, 16), (1, 7, 16), (2, T + 1, 4, 8, 8)))
     trajectories = sample(net, Scheduler.from_config(SD), cond, uncond, noise, T, eta, 5.0)
     peer.set_timesteps(T)
     assert peer.timesteps.tolist() == trajectories.timesteps.tolist()
@@ -551,7 +564,8 @@ def test_sampling_equals_diffusers_ddim_loop(T, eta):
 
 # ---- 9. What update reports and does ----
 
-DELTAS = [[0.0, 0.05, -0.3], [9.0, 9.0, 9.0], [0.15, -0.05, 0.2], [0.0, 0.12, 0.01]]       # log ratios of 4 samples at 3 steps; sample 1 isn't trained on
+# Log ratios of 4 samples at 3 steps; sample 1 isn't trained on.
+DELTAS = [[0.0, 0.05, -0.3], [9.0, 9.0, 9.0], [0.15, -0.05, 0.2], [0.0, 0.12, 0.01]]
 
 
 def shifted_problem():
@@ -560,7 +574,7 @@ def shifted_problem():
     trajectories = toy_rollout(net, 4, 3)
     trajectories.log_probs = trajectories.log_probs - torch.tensor(DELTAS)
     trajectories.advantages = torch.tensor([1.0, 100.0, -2.0, 0.5])
-    return net, trajectories, torch.tensor([3, 0, 2])
+    return net, trajectories, torch.tensor([2, 3, 0])
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 9])
@@ -574,7 +588,8 @@ def test_ratio_metrics_by_hand(micro_batch):
     assert metrics["approx_kl"].item() == pytest.approx(sum(d * d for d in used) / 9 / 2, rel=1e-3)
     assert metrics["ratio_error"].item() == pytest.approx(1 - math.exp(-0.3), rel=1e-4)
     # min(r, 1.1) where A > 0, max(r, 0.9) where A < 0
-    bonus = (1 * (1 + math.exp(0.05) + math.exp(-0.3)) - 2 * (math.exp(0.15) + math.exp(-0.05) + math.exp(0.2)) + 0.5 * (1 + 1.1 + math.exp(0.01)))
+    e = math.exp
+    bonus = 1 * (1 + e(0.05) + e(-0.3)) - 2 * (e(0.15) + e(-0.05) + e(0.2)) + 0.5 * (1 + 1.1 + e(0.01))
     assert metrics["loss"].item() == pytest.approx(-bonus / 9, rel=1e-4)
 
 
@@ -588,17 +603,14 @@ def test_loss_of_the_score_function_estimator_by_hand():
 
 
 def gradient_by_hand(trajectories, minibatch, clip_range):
-    """-sum over pairs of A r dlogp/dtheta / (pairs), dlogp/dtheta_j = b (x_{t-1} - mean)_j / (4 variance), 0 where the clip holds. -> (4,)"""
-    total, pairs = np.zeros(4), len(minibatch) * 3
+    """-mean over pairs of A r dlogp/dtheta, where dlogp/dtheta_j = b (x_{t-1} - mean)_j / (4 variance); 0 where the clip holds. -> (4,)"""
+    total, latents = np.zeros(4), trajectories.latents.flatten(2).double().numpy()
     for i in minibatch.tolist():
         for k, (_, a, b, variance) in enumerate(posterior_steps(TOY, 3)):
-            x, after, A = trajectories.latents[i, k].flatten().double().numpy(), trajectories.latents[i, k + 1].flatten().double().numpy(), \
-                trajectories.advantages[i].item()
-            ratio = math.exp(DELTAS[i][k])
-            if (A > 0 and ratio > 1 + clip_range) or (A < 0 and ratio < 1 - clip_range):
-                continue
-            total -= A * ratio * b * (after - a * x - b * np.array(THETA)) / (4 * variance) / pairs
-    return total
+            A, ratio = trajectories.advantages[i].item(), math.exp(DELTAS[i][k])
+            if not (A > 0 and ratio > 1 + clip_range or A < 0 and ratio < 1 - clip_range):
+                total -= A * ratio * b * (latents[i, k + 1] - a * latents[i, k] - b * np.array(THETA)) / (4 * variance)
+    return total / (3 * len(minibatch))
 
 
 @pytest.mark.parametrize("micro_batch", [2, 9])
@@ -642,8 +654,8 @@ def test_a_deterministic_last_step_gives_no_gradient_and_no_nan():
     trajectories.advantages = torch.tensor([1.0, -1.0, 2.0, 0.5, -3.0, 1.0])
     gradients = []
     for algorithm in ("ddpo-sf", "ddpo-is"):
-        update(net, torch.optim.SGD(net.parameters(), lr=0.0), ends_at_1, trajectories, torch.arange(6), torch.zeros(1, 1, 1), algorithm=algorithm,
-               eta=1.0, w=1, clip_range=0.1, micro_batch=6, max_grad_norm=NO_CLIP)
+        update(net, torch.optim.SGD(net.parameters(), lr=0.0), ends_at_1, trajectories, torch.arange(6), torch.zeros(1, 1, 1),
+               algorithm=algorithm, eta=1.0, w=1, clip_range=0.1, micro_batch=6, max_grad_norm=math.inf)
         gradients.append(net.theta.grad.flatten().clone())
     expected = torch.zeros(4)
     for k, (_, a, b, variance) in enumerate(posterior_steps(TOY, 3)[:2]):

@@ -93,8 +93,9 @@ def test_a_file_is_one_prompt_a_line_without_blank_lines_spaces_and_duplicates(t
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "neither a file nor one of common-animals, imagenet-animals, animal-activities"), (b"", "no prompt in it"), (b" \n\n\t\n", "no prompt in it"),
-    (bytes(range(256)), "not a text file"), (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not a text file"), ("a caf\xe9".encode("latin-1"), "UTF-8")],
+    (None, "neither a file nor one of common-animals, imagenet-animals, animal-activities"),
+    (b"", "no prompt in it"), (b" \n\n\t\n", "no prompt in it"), (bytes(range(256)), "not a text file"),
+    (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not a text file"), ("a caf\xe9".encode("latin-1"), "UTF-8")],
     ids=["no such file", "empty", "blank", "binary", "png", "latin-1"])
 def test_a_bad_prompt_file_is_refused_in_one_line_that_names_it(tmp_path, content, message):
     file = tmp_path / "prompts.txt"

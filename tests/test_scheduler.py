@@ -56,7 +56,7 @@ def test_timesteps_equal_diffusers(T, offset):
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("T, offset", GRID)
 def test_mean_sigma_and_step_of_all_timesteps_in_one_batch_equal_diffusers(T, offset, eta, set_alpha_to_one, precision, tolerance):
-    """In float64 only the formula can differ. In float32 (eps 1.2e-7) a few roundings, of numbers as large as the batch's largest: 2e-6 of it."""
+    """In float64 only the formula can differ. In float32 (eps 1.2e-7) a few roundings, of numbers as large as the largest: 2e-6 of it."""
     ours, theirs = both(offset, set_alpha_to_one)
     ours.alphas_bar = ours.alphas_bar.to(precision)
     theirs.alphas_cumprod, theirs.final_alpha_cumprod = theirs.alphas_cumprod.to(precision), theirs.final_alpha_cumprod.to(precision)
@@ -133,6 +133,14 @@ def test_ddim_step_by_hand():
     assert scalar_step(0.5, 1.0, 0.36, 0.64, eta=1.0) == pytest.approx((0.96875, 0.24609375**0.5))
     # eta 0.5: half that sigma, a quarter of the variance: 0.36 - 0.0615234375 = 0.2984765625
     assert scalar_step(0.5, 1.0, 0.36, 0.64, eta=0.5) == pytest.approx((0.8 + 0.5 * 0.2984765625**0.5, 0.5 * 0.24609375**0.5))
+
+
+def test_a_direction_of_zero_is_not_made_nan_by_rounding():
+    # almost nothing left at t: sigma^2 is 1 - ab_prev to the last digit, and their difference in float32 is below zero for some of these
+    ab_prev = torch.linspace(0.01, 0.99, 1000)
+    mean, std = ddim_mean_std(torch.ones(1000, 1), torch.ones(1000, 1), torch.full((1000,), 1e-8), ab_prev, 1.0)
+    assert (1 - ab_prev - std**2).min() < 0                                 # so the case is met
+    assert mean.isfinite().all()
 
 
 alpha_bars = st.tuples(st.floats(0.002, 0.9995), st.floats(0.002, 0.9995)).map(sorted).filter(lambda pair: pair[1] - pair[0] > 1e-6)

@@ -76,6 +76,11 @@ def accuracy(judge, images, prompts):
     return float(np.mean([seen == subject(prompt) for seen, prompt in zip(name(judge, images), prompts)]))
 
 
+def accuracy_none(judge, images):
+    """The share of pictures on which the judge sees none of the things it knows."""
+    return float(np.mean([seen == NONE for seen in name(judge, images)]))
+
+
 def grid_images(path, side=64):
     """The pictures of a grid that train.py drew -> uint8 (B, side, side, 3), row by row."""
     grid = np.asarray(Image.open(path).convert("RGB"))

@@ -5,6 +5,7 @@
 Its text encoder is the diffusion model's, its image embeddings serve the aesthetic head and the diversity metric: as in the paper.
 """
 import json
+import shutil
 
 import numpy as np
 import torch
@@ -94,7 +95,7 @@ def main():
 
     net = loop.train("clip", net, loss, STEPS, look=look)
     net.half().save_pretrained(FOLDER)
-    tokenizer.save_pretrained(FOLDER)
+    save_tokenizer(tokenizer, FOLDER)
     CLIPImageProcessor(**PROCESSOR).save_pretrained(FOLDER)
     save_text_encoder(net, tokenizer)
 
@@ -107,7 +108,15 @@ def save_text_encoder(net, tokenizer):
     missing = text.load_state_dict({k if k in text.state_dict() else f"text_model.{k}": v for k, v in own.items()}, strict=True)
     assert not missing.missing_keys
     text.half().save_pretrained(data.HERE / "stable-diffusion" / "text_encoder")
-    tokenizer.save_pretrained(data.HERE / "stable-diffusion" / "tokenizer")
+    save_tokenizer(tokenizer, data.HERE / "stable-diffusion" / "tokenizer")
+
+
+def save_tokenizer(tokenizer, folder):
+    """In the layout of the published CLIP and Stable Diffusion: vocab.json and merges.txt."""
+    tokenizer.save_pretrained(folder)
+    (folder / "tokenizer.json").unlink()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(data.CACHE / "tokenizer" / name, folder / name)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,10 @@ def nothing(rng):
 
 
 def composite(rng, name):
-    """A composite, sometimes a little blurred or noisy: a diffusion model's samples are."""
+    """A composite, a little off its place, sometimes a little blurred or noisy: a diffusion model's samples are."""
     pixels = data.compose(rng, ART, name, str(rng.choice(list(data.COLOURS)))).pixels
+    y, x = rng.integers(9, size=2)
+    pixels = np.pad(pixels, ((4, 4), (4, 4), (0, 0)), mode="edge")[y:y + data.SIZE, x:x + data.SIZE]
     if rng.random() < 0.4:
         pixels = np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.5))))
     if rng.random() < 0.4:

@@ -1,0 +1,67 @@
+"""Is the zoo good enough to teach on? Draws samples, asks the judge, prints every gate with its figure; exit status 1 if one is missed.
+
+    python tutorial/zoo/gates.py
+
+Composites need the emoji art (fetched through npm once); without npm those gates are skipped, and said to be.
+"""
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import data
+import judge as judge_module
+import train
+from rewards import COMMON_ANIMALS
+
+PER_ANIMAL = 4
+
+
+def gate(name, figure, needed, at_least=True, unit="%"):
+    """Print a line; return whether it is passed. Percentages come as shares."""
+    scale = 100 if unit == "%" else 1
+    passed = figure >= needed if at_least else figure <= needed
+    print(f"{'pass' if passed else 'MISS'}  {name}: {figure * scale:.1f} {unit} ({'at least' if at_least else 'at most'} {needed * scale:g})")
+    return passed
+
+
+def default_samples():
+    """PER_ANIMAL pictures of each of the 45 animals at the zoo's default settings -> uint8 (B, 64, 64, 3), prompts."""
+    config = train.resolve({"model": "zoo", "sample_batch": 60, "seed": 100}, train.ZOO)
+    policy = train.Policy(train.ZOO, train.choose_device("cpu"), config)
+    prompts = COMMON_ANIMALS * PER_ANIMAL
+    return policy.sample(prompts, train.EVALUATION, "sampling")[1], prompts
+
+
+def main():
+    judge, passed = judge_module.load_judge(), []
+    images, prompts = default_samples()
+    seen = np.array(judge_module.name(judge, images))
+    right = seen == np.array(prompts)
+    passed.append(gate(f"judge names the animal on {len(prompts)} samples at the default settings", right.mean(), 0.80))
+    worst = sorted(COMMON_ANIMALS, key=lambda animal: right[np.array(prompts) == animal].mean())[:5]
+    print("      hardest:", ", ".join(f"{animal} ({', '.join(seen[np.array(prompts) == animal])})" for animal in worst))
+
+    rng = np.random.default_rng(2**20)                      # no training's stream
+    noise = rng.integers(0, 256, (200, 64, 64, 3), dtype=np.uint8)
+    passed.append(gate("judge says none on noise", judge_module.accuracy_none(judge, noise), 0.95))
+    blanks = np.broadcast_to(rng.integers(0, 256, (200, 1, 1, 3), dtype=np.uint8), (200, 64, 64, 3))
+    passed.append(gate("judge says none on blanks", judge_module.accuracy_none(judge, blanks), 0.95))
+    if shutil.which("npm") or data.CACHE.is_dir():
+        art, names, colours = data.load_art(), list(data.NAMES), list(data.COLOURS)
+        truth = [(str(rng.choice(names)), str(rng.choice(colours))) for _ in range(1000)]
+        composites = np.stack([data.compose(rng, art, *pair).pixels for pair in truth])
+        passed.append(gate("judge names held-out composites", np.mean(np.array(judge_module.name(judge, composites)) == [n for n, _ in truth]), 0.95))
+        passed.append(gate("ground colour of held-out composites", np.mean(np.array(judge_module.ground_colour(composites)) == [c for _, c in truth]), 0.95))
+    else:
+        print("skip  composites: the emoji art needs npm")
+    megabytes = sum(path.stat().st_size for path in data.HERE.glob("**/*.safetensors") if data.CACHE not in path.parents) / 1e6
+    passed.append(gate("all weights together", megabytes, 25, at_least=False, unit="MB"))
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
