@@ -45,7 +45,8 @@ def predict_noise(unet, x_t, timesteps, cond, uncond, w):
 
 def named_noise(shape, count, *name):
     """`count` standard normal tensors from a generator of their own, seeded by a name such as (seed, epoch, sample). -> float32 (count, *shape)."""
-    seed = int(np.random.SeedSequence(name).generate_state(1, np.uint64)[0] >> 1)
+    entropy = (len(name), *name)                        # numpy pads names with zeros: (3, 5) would be (3, 5, 0)
+    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -155,12 +156,14 @@ def update(unet, optimizer, scheduler, trajectories, minibatch, uncond, *, algor
     nothing but rounding. With micro_batch = the rollout's batch, each micro-batch repeats a rollout's forward pass, and ratios
     are exactly 1 before the first update. Metrics are tensors, nothing waits for the device: see the README for what they mean.
     """
+    if algorithm not in ("ddpo-is", "ddpo-sf"):
+        raise ValueError(f"algorithm {algorithm!r}: ddpo-is or ddpo-sf")
     T = len(trajectories.timesteps)
     steps, samples = (index.flatten() for index in torch.meshgrid(
         torch.arange(T, device=minibatch.device), minibatch, indexing="ij"))    # (T * B,), timestep by timestep
     parameters = [p for p in unet.parameters() if p.requires_grad]
     optimizer.zero_grad(set_to_none=True)
-    losses, ratios = [], []
+    losses, ratios, log_ratios = [], [], []
     for chunk in progress(torch.arange(len(steps), device=steps.device).split(micro_batch)):
         i, k = samples[chunk], steps[chunk]
         log_prob = policy_log_prob(unet, scheduler, trajectories, i, k, uncond, eta, w)
@@ -170,9 +173,10 @@ def update(unet, optimizer, scheduler, trajectories, minibatch, uncond, *, algor
         (loss.sum() / len(steps)).backward()
         losses.append(loss.detach())
         ratios.append(ratio.detach())
+        log_ratios.append((log_prob - trajectories.log_probs[i, k]).detach())
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     optimizer.step()
     ratio = torch.cat(ratios).reshape(T, -1)
     outside = ((ratio - 1).abs() > clip_range).float()
-    return {"loss": torch.cat(losses).mean(), "grad_norm": grad_norm, "approx_kl": 0.5 * ratio.log().square().mean(),
+    return {"loss": torch.cat(losses).mean(), "grad_norm": grad_norm, "approx_kl": 0.5 * torch.cat(log_ratios).square().mean(),
             "clip_fraction": outside.mean(), "clip_fraction_by_step": outside.mean(1), "ratio_error": (ratio - 1).abs().max()}

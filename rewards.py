@@ -140,14 +140,16 @@ PROMPT_SETS = {
 def load_prompts(name):
     """The prompts of a named set, or of a text file with one prompt a line -> list of str. Raises ValueError, one line."""
     if name in PROMPT_SETS:
-        return PROMPT_SETS[name]
-    path = Path(name)
-    if not path.is_file():
-        raise ValueError(f"--prompts {name}: neither a file nor one of {', '.join(PROMPT_SETS)}")
+        return list(PROMPT_SETS[name])
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = Path(name).read_text(encoding="utf-8-sig")
+    except OSError:
+        raise ValueError(f"--prompts {name}: neither a file that can be read nor one of {', '.join(PROMPT_SETS)}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"--prompts {name}: not a text file in UTF-8") from None
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"--prompts {name}: not a text file in UTF-8")
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts {name}: no prompt in it; one prompt a line")
     return list(dict.fromkeys(prompts))

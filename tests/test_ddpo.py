@@ -664,3 +664,7 @@ def test_a_deterministic_last_step_gives_no_gradient_and_no_nan():
     assert (trajectories.log_probs[:, 2] == 0).all()
     for gradient in gradients:
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_names_of_other_lengths_are_other_names():
+    assert not torch.equal(ddpo.named_noise((4,), 1, 3, 5), ddpo.named_noise((4,), 1, 3, 5, 0))

@@ -8,6 +8,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import rewards  # noqa: E402
 from rewards import ACTIVITIES, PROMPT_SETS, REWARDS, compressibility, incompressibility, load_prompts, with_article  # noqa: E402
 
 # Table D.6, typed in again.
@@ -93,7 +94,7 @@ def test_a_file_is_one_prompt_a_line_without_blank_lines_spaces_and_duplicates(t
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "neither a file nor one of common-animals, imagenet-animals, animal-activities"),
+    (None, "neither a file that can be read nor one of common-animals, imagenet-animals, animal-activities"),
     (b"", "no prompt in it"), (b" \n\n\t\n", "no prompt in it"), (bytes(range(256)), "not a text file"),
     (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "not a text file"), ("a caf\xe9".encode("latin-1"), "UTF-8")],
     ids=["no such file", "empty", "blank", "binary", "png", "latin-1"])
@@ -114,3 +115,28 @@ def test_a_folder_is_not_a_prompt_file(tmp_path):
 
 def test_prompt_sets_have_the_names_of_the_command_line():
     assert list(PROMPT_SETS) == ["common-animals", "imagenet-animals", "animal-activities"]
+
+
+def test_an_epochs_prompts_repeat_as_asked_and_differ_between_epochs():
+    animals = rewards.load_prompts("common-animals")
+    first, again, other = (rewards.draw_prompts(animals, 64, 8, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert first == again != other
+    assert len(set(first)) == 8 and all(first.count(prompt) == 8 for prompt in first)
+    assert len(rewards.draw_prompts(["a", "b"], 12, 2, np.random.default_rng(0))) == 12        # more draws than prompts: with repetition
+
+
+def test_evaluation_prompts_are_spread_over_the_whole_set():
+    assert len(set(rewards.spread_prompts(rewards.COMMON_ANIMALS, 64))) == 45
+    spread = rewards.spread_prompts(rewards.IMAGENET_ANIMALS, 64)
+    assert len(set(spread)) == 64 and spread[0] == "tench, Tinca tinca" and spread[-1] in rewards.IMAGENET_ANIMALS[390:]
+
+
+def test_prompt_files_of_other_systems_are_read_or_refused(tmp_path):
+    (tmp_path / "bom.txt").write_bytes("\ufeffa cat\r\na dog\r\n".encode())
+    assert rewards.load_prompts(str(tmp_path / "bom.txt")) == ["a cat", "a dog"]
+    (tmp_path / "nul.txt").write_bytes(b"a cat\0")
+    for name in (str(tmp_path / "nul.txt"), str(tmp_path), "x" * 300):
+        with pytest.raises(ValueError, match="--prompts"):
+            rewards.load_prompts(name)
+    rewards.load_prompts("common-animals").clear()
+    assert len(rewards.load_prompts("common-animals")) == 45

@@ -359,8 +359,13 @@ FAULTS = {   # what is done to the folder, the exception, the file it must name,
     "no folder": (shutil.rmtree, FileNotFoundError, "config.json", "missing"),
     "no config": (lambda f: (f / "config.json").unlink(), FileNotFoundError, "config.json", "missing"),
     "no weights": (lambda f: (f / unet.WEIGHTS).unlink(), FileNotFoundError, unet.WEIGHTS, "missing"),
-    "config is not JSON": (lambda f: (f / "config.json").write_text("{not json"), ValueError, "config.json", "not JSON"),
-    "config is empty": (lambda f: (f / "config.json").write_text(""), ValueError, "config.json", "not JSON"),
+    "config is not JSON": (lambda f: (f / "config.json").write_text("{not json"), ValueError, "config.json", "is not the config of a UNet"),
+    "config is empty": (lambda f: (f / "config.json").write_text(""), ValueError, "config.json", "is not the config of a UNet"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), ValueError, "config.json", "is not the config of a UNet"),
+    "config is not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), ValueError, "config.json", "is not the config of a UNet"),
+    "config of wrong types": (edit_config(block_out_channels="8"), ValueError, "config.json", "is not the config of a UNet"),
+    "heads that do not divide": (edit_config(attention_head_dim=3), ValueError, "config.json", "attention_head_dim"),
+    "another activation": (edit_config(timestep_post_act="silu"), ValueError, "config.json", "timestep_post_act"),
     "config lacks a field": (edit_config(block_out_channels="absent"), ValueError, "config.json", "block_out_channels"),
     "config of SD 2": (edit_config(use_linear_projection=True), ValueError, "config.json", "use_linear_projection"),
     "block of another model": (edit_config(down_block_types=["AttnDownBlock2D"] * 2), ValueError, "config.json", "AttnDownBlock2D"),
@@ -387,7 +392,7 @@ def test_a_broken_folder_is_refused_in_one_line_that_names_the_file(fault, error
 
 def test_a_vae_that_is_not_of_sd_v1_is_refused(tmp_path):
     write(AutoencoderKL, vae_config([8, 16], 1, use_quant_conv=False), tmp_path)
-    with pytest.raises(ValueError, match="VAE's config.json has use_quant_conv = False") as caught:
+    with pytest.raises(ValueError, match="config.json is not the config of a VAE .* use_quant_conv = False") as caught:
         unet.load(unet.VAE, tmp_path)
     assert "\n" not in str(caught.value)
 

@@ -20,7 +20,7 @@ from unet import VAE, load, save
 CONFIG = {"act_fn": "silu", "block_out_channels": [32, 32, 64, 96], "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3,
           "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 8, "out_channels": 3, "sample_size": 64, "scaling_factor": 1.0,
           "up_block_types": ["UpDecoderBlock2D"] * 4}
-TOGETHER, DECODER_ONLY, BATCH = 2000, 6000, 16
+TOGETHER, DECODER_ONLY, BATCH = 2000, 4200, 16
 ART = data.load_art()
 
 
