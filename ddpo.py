@@ -27,7 +27,7 @@ from scheduler import gaussian_log_prob
 
 
 def guided_noise(eps_uncond, eps_cond, w):
-    """Classifier-free guidance, Eq. 3: w eps(x_t, t, c) + (1 - w) eps(x_t, t, nothing), written as in its first paper.
+    """Classifier-free guidance, Eq. 3: w eps(x_t, t, c) + (1 - w) eps(x_t, t, nothing), rearranged.
 
     eps_uncond, eps_cond (B, 4, h, w); w = 1 is the plain conditional model -> (B, 4, h, w).
     """
@@ -105,9 +105,10 @@ class PromptStatistics:
 
     def update(self, prompts, rewards):
         """Take in an epoch's rewards -> the mean and std for each of its samples. prompts: B strings, rewards (B,) -> (B,), (B,)."""
-        for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+        batch = rewards.tolist()
+        for prompt, reward in zip(prompts, batch, strict=True):
             self.history.setdefault(prompt, deque(maxlen=self.size)).append(reward)
-        rows = [self.history[p] if len(self.history[p]) >= self.min_count else rewards.tolist() for p in prompts]
+        rows = [self.history[p] if len(self.history[p]) >= self.min_count else batch for p in prompts]
         mean = torch.tensor([np.mean(row) for row in rows], dtype=torch.float32)
         std = torch.tensor([np.std(row) for row in rows], dtype=torch.float32)
         return mean.to(rewards.device), std.to(rewards.device)
@@ -153,8 +154,8 @@ def update(unet, optimizer, scheduler, trajectories, minibatch, uncond, *, algor
     """One optimizer step on the samples `minibatch` (indices) with all their timesteps, in micro-batches of `micro_batch` pairs -> metrics.
 
     Pairs are taken timestep by timestep; since all of them go into one gradient, their order and the size of the micro-batches change
-    nothing but rounding. With micro_batch = the rollout's batch, each micro-batch repeats a rollout's forward pass, and ratios
-    are exactly 1 before the first update. Metrics are tensors, nothing waits for the device: see the README for what they mean.
+    nothing but rounding. With micro_batch = the rollout's batch the networks compute to the bit what they did in the rollout (CPU, fp32), and
+    ratios are exactly 1 before the first update. Metrics are tensors, nothing waits for the device: see the README for what they mean.
     """
     if algorithm not in ("ddpo-is", "ddpo-sf"):
         raise ValueError(f"algorithm {algorithm!r}: ddpo-is or ddpo-sf")

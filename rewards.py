@@ -3,7 +3,7 @@
 A reward is any function  (images: uint8 numpy (B, H, W, 3), prompts: list of B str) -> scores: float numpy (B,).
 It is never differentiated, so it may be anything: here, the size of a file.
 
-Deviations from the paper: none known. JPEG sizes are those of Pillow's encoder; the paper used the same.
+Deviation from the paper: prompts may repeat within an epoch (`draw_prompts` with repeats > 1), which the zoo's few samples need.
 """
 import io
 from pathlib import Path

@@ -11,8 +11,9 @@ denoising an MDP with exact likelihoods (Sec. 4.3).
 
 Deviations from the paper's text, as in its authors' code:
 - log p is the mean over the D dimensions of the latent, not the sum. Effect: ratios are geometric means of the per-dimension ratios, the
-  policy gradient is 1/D of the true one (Adam forgives a constant factor), and a clip range holds for one D only: 1e-4 at
-  D = 16,384 lets the joint log-ratio move by 1.64, at the zoo's D = 256 the same range of 1.64 is 6.4e-3.
+  policy gradient is 1/D of the true one (Adam forgives a constant factor, but its epsilon and the clipping of the gradient then bind
+  elsewhere), and a clip range holds for one D only: 1e-4 at D = 16,384 lets the joint log-ratio move by 1.64; at the zoo's D = 256 that
+  takes a clip range of 6.4e-3.
 - A step with sigma = 0 (eta = 0, or the last step of a schedule that ends at alpha_bar = 1) has no density: its log-prob is 0 by
   definition, and it contributes no gradient.
 """

@@ -4,11 +4,13 @@ The wiring of the paper's Algorithm (Sec. 4.3, App. D): each epoch draws prompts
 them, normalises the rewards prompt by prompt and takes a few optimizer steps; all mathematics is in ddpo.py and scheduler.py.
 
 Settings: the command line, else the `ddpo.json` in the model's folder, else the paper's Table D.5.
-Deviation from the paper: the model that `--model auto` picks without a CUDA GPU is the miniature in tutorial/zoo, with settings of its own.
+Deviations from the paper: with --samples-per-prompt above 1 (the zoo's default) prompts repeat within an epoch; the model that
+`--model auto` picks without a CUDA GPU is the miniature in tutorial/zoo, with settings of its own.
 """
 import argparse
 import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -17,10 +19,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -28,9 +31,6 @@ import ddpo
 from rewards import REWARDS, draw_prompts, load_prompts, spread_prompts
 from scheduler import Scheduler
 from unet import VAE, UNet, load, locate, save
-
-matplotlib.use("Agg")                               # no window, no display
-import matplotlib.pyplot as plt                     # noqa: E402
 
 ZOO = Path(__file__).parent / "tutorial" / "zoo" / "stable-diffusion"
 ALGORITHMS = {"ddpo-is": {"batch_size": 64}, "ddpo-sf": {"batch_size": 256}}           # Table D.5: what depends on the algorithm
@@ -77,43 +77,53 @@ def parse(argv):
     """Command line -> the options given there, as {name: value}."""
     parser = argparse.ArgumentParser(description="Fine-tune Stable Diffusion by reinforcement learning (DDPO).", argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(Config):
-        kwargs = dict(f.metadata)
-        kwargs["help"] = kwargs["help"].replace("%", "%%")
-        if f.type is bool or f.type == "bool":
-            kwargs["action"] = "store_true"
-        else:
-            kwargs["type"] = f.type
-            if "choices" not in kwargs:
-                kwargs["metavar"] = {int: "N", float: "X", str: "S"}[f.type]
-        parser.add_argument("--" + f.name.replace("_", "-"), **kwargs)
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
+        if f.type is not bool and "choices" not in f.metadata:
+            kind["metavar"] = {int: "N", float: "X", str: "S"}[f.type]
+        parser.add_argument("--" + f.name.replace("_", "-"), **f.metadata, **kind)
     return vars(parser.parse_args(argv))
 
 
+def model_settings(folder):
+    """The model's own ddpo.json: {"all": {...}, and by algorithm or reward}, checked -> dict of dicts; {} where there is none."""
+    path = folder / "ddpo.json"
+    types = {f.name: (float, int) if f.type is float else (f.type,) for f in dataclasses.fields(Config)
+             if f.name not in ("reward", "algorithm", "model", "device", "out", "resume", "debug")}
+    try:
+        own = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(own, dict) or not all(isinstance(part, dict) for part in own.values()):
+        raise ValueError(f'{path}: needed is an object of objects, such as {{"all": {{"steps": 20}}}}')
+    if unknown := set(own) - {"all", *ALGORITHMS, *REWARDS}:
+        raise ValueError(f"{path} has a section {unknown.pop()!r}; known are all, {', '.join([*ALGORITHMS, *REWARDS])}")
+    for name, value in (item for part in own.values() for item in part.items()):
+        if name not in types or type(value) not in types[name]:
+            raise ValueError(f"{path} sets {name} = {value!r}: no setting of a model, or not of its type")
+    return own
+
+
 def resolve(given, folder):
-    """The whole Config: the command line over the model's ddpo.json over the paper's table."""
-    names = {f.name for f in dataclasses.fields(Config)}
-    settings, path = {}, folder / "ddpo.json"
-    own = json.loads(path.read_text()) if path.is_file() else {}
+    """The whole Config: the command line over the model's ddpo.json over the paper's table. Raises ValueError, one line."""
+    own = model_settings(folder)
     reward, algorithm = given.get("reward", Config.reward), given.get("algorithm", Config.algorithm)
-    settings |= ALGORITHMS[algorithm]
-    for part in (own.get("all", {}), own.get(algorithm, {}), own.get(reward, {})):
-        if unknown := set(part) - names:
-            raise ValueError(f"{path} sets {', '.join(sorted(unknown))}, which train.py does not know")
-        settings |= part
-    config = Config(**{**settings, **given})
-    for name in ("epochs", "samples_per_epoch", "samples_per_prompt", "batch_size", "micro_batch", "sample_batch", "history_size", "min_count",
-                 "eval_every", "eval_samples", "checkpoint_every", "lr", "clip_range", "max_grad_norm"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
+    config = Config(**{**ALGORITHMS[algorithm], **own.get("all", {}), **own.get(algorithm, {}), **own.get(reward, {}), **given})
+    if algorithm == "ddpo-sf":                          # right for one update an epoch only
+        config.batch_size = given.get("batch_size", config.samples_per_epoch)
+        if config.batch_size != config.samples_per_epoch:
+            raise ValueError(f"--batch-size {config.batch_size}: ddpo-sf takes one update an epoch, so all its samples ({config.samples_per_epoch})")
     if not 0 < config.eta <= 1:
         raise ValueError(f"--eta {config.eta:g}: must be above 0, for a step without noise has no policy gradient, and at most 1")
-    if config.batch_size > config.samples_per_epoch:
-        raise ValueError(f"--batch-size {config.batch_size} is more than the {config.samples_per_epoch} samples of an epoch (--samples-per-epoch)")
+    for f in dataclasses.fields(Config):
+        value = getattr(config, f.name)
+        least = {"seed": 0, "weight_decay": 0, "guidance": 0, "eval_samples": 2}.get(f.name, 1e-12)
+        if f.type in (int, float) and not (math.isfinite(value) and value >= least):
+            raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be finite and {f'at least {least}' if least != 1e-12 else 'above 0'}")
+    if config.min_count > config.history_size:
+        raise ValueError(f"--min-count {config.min_count} is more than --history-size {config.history_size}: no prompt would ever have enough rewards")
     if config.samples_per_epoch % config.batch_size or config.samples_per_epoch % config.samples_per_prompt:
-        raise ValueError(f"--samples-per-epoch {config.samples_per_epoch} must be a multiple of --batch-size ({config.batch_size}) "
-                         f"and of --samples-per-prompt ({config.samples_per_prompt})")
-    if algorithm == "ddpo-sf" and config.batch_size != config.samples_per_epoch:
-        raise ValueError(f"--algorithm ddpo-sf is right for one update an epoch only: --batch-size must equal --samples-per-epoch ({config.samples_per_epoch})")
+        raise ValueError(f"--samples-per-epoch {config.samples_per_epoch} must be a multiple of --batch-size ({config.batch_size}) and of "
+                         f"--samples-per-prompt ({config.samples_per_prompt})")
     return config
 
 
@@ -127,12 +137,11 @@ def choose_device(name):
 
 
 def choose_model(name, device):
-    """--model -> its folder; prints what `auto` chose and why."""
+    """--model -> its name and its folder; prints what `auto` chose and why."""
     if name == "auto":
         name = "CompVis/stable-diffusion-v1-4" if device.type == "cuda" else "zoo"
-        why = "a CUDA GPU is there" if device.type == "cuda" else "no CUDA GPU; Stable Diffusion v1.4: --model CompVis/stable-diffusion-v1-4"
-        print(f"model: {name} ({why})")
-    return ZOO if name == "zoo" else locate(name)
+        print(f"model: {name}, since there is {'a' if device.type == 'cuda' else 'no'} CUDA GPU (others: --model)")
+    return name, ZOO if name == "zoo" else locate(name)
 
 
 class Policy:
@@ -140,6 +149,8 @@ class Policy:
 
     def __init__(self, folder, device, config):
         from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers.utils import logging
+        logging.disable_progress_bar()
         self.device, self.config = device, config
         self.unet = load(UNet, folder / "unet").to(device, memory_format=torch.channels_last)
         self.vae = load(VAE, folder / "vae").to(device, memory_format=torch.channels_last).requires_grad_(False)
@@ -161,7 +172,7 @@ class Policy:
         """One trajectory a prompt, the noises named by (seed, epoch, place in the list) -> Trajectories, images uint8 (B, H, W, 3)."""
         c, parts, images = self.config, [], []
         shape = (self.unet.config["in_channels"], self.side, self.side)
-        with tqdm(total=len(prompts) * c.steps, desc=description, unit="step", leave=False, dynamic_ncols=True) as bar:
+        with tqdm(total=len(prompts) * c.steps, desc=description, unit="step", leave=False, disable=None) as bar:
             for start in range(0, len(prompts), c.sample_batch):
                 batch = range(start, min(start + c.sample_batch, len(prompts)))
                 noise = torch.stack([ddpo.named_noise(shape, c.steps + 1, c.seed, epoch, i) for i in batch]).to(self.device)
@@ -184,18 +195,26 @@ def ticking(bar, amount, iterable):
         bar.update(amount)
 
 
+def checked(reward, images, prompts):
+    """The rewards, one finite number a picture, or ValueError -> float64 (B,)."""
+    scores = np.asarray(reward(images, prompts), dtype=np.float64)
+    if scores.shape != (len(prompts),) or not np.isfinite(scores).all():
+        raise ValueError(f"--reward {reward.__name__} must give one finite number for each of {len(prompts)} pictures; it gave {scores}")
+    return scores
+
+
 def evaluate(policy, reward, prompts, epoch, out):
-    """Reward the fixed prompts and noises; write the grid of pictures and the figures behind it -> rewards (B,)."""
+    """Reward the fixed prompts and noises; write the grid of pictures and the figures behind it -> metrics."""
     _, images = policy.sample(prompts, EVALUATION, "evaluating")
-    rewards = np.asarray(reward(images, prompts), dtype=np.float64)
+    rewards = checked(reward, images, prompts)
     columns, tile = int(np.ceil(len(images) ** 0.5)), min(images.shape[1], 256)
     grid = Image.new("RGB", (columns * tile, -(-len(images) // columns) * tile))
     for i, image in enumerate(images):
         grid.paste(Image.fromarray(image).resize((tile, tile)), (i % columns * tile, i // columns * tile))
     grid.save(out / "samples" / f"epoch_{epoch:04d}.png")
     record = {"epoch": epoch, "prompts": prompts, "rewards": rewards.tolist()}
-    (out / "samples" / f"epoch_{epoch:04d}.json").write_text(json.dumps(record, indent=1) + "\n")
-    return rewards
+    write_whole(out / "samples" / f"epoch_{epoch:04d}.json", json.dumps(record, indent=1) + "\n")
+    return {"eval_reward_mean": rewards.mean(), "eval_reward_std": rewards.std(), "eval_queries": epoch * policy.config.samples_per_epoch}
 
 
 def train_epoch(policy, optimizer, trajectories, epoch):
@@ -203,48 +222,56 @@ def train_epoch(policy, optimizer, trajectories, epoch):
     c, metrics = policy.config, []
     order = torch.from_numpy(np.random.default_rng([c.seed, epoch, 1]).permutation(len(trajectories))).to(policy.device)
     total = -(-c.batch_size * c.steps // c.micro_batch) * (len(order) // c.batch_size)
-    with tqdm(total=total, desc=f"epoch {epoch}: training", unit="pass", leave=False, dynamic_ncols=True) as bar:
+    with tqdm(total=total, desc=f"epoch {epoch}: training", unit="pass", leave=False, disable=None) as bar:
         for minibatch in order.split(c.batch_size):
-            metrics.append(ddpo.update(policy.unet, optimizer, policy.scheduler, trajectories, minibatch, policy.embed([""]), algorithm=c.algorithm, eta=c.eta,
-                                       w=c.guidance, clip_range=c.clip_range, micro_batch=c.micro_batch, max_grad_norm=c.max_grad_norm,
-                                       progress=partial(ticking, bar, 1)))
+            metrics.append(ddpo.update(policy.unet, optimizer, policy.scheduler, trajectories, minibatch, policy.embed([""]),
+                                       algorithm=c.algorithm, eta=c.eta, w=c.guidance, clip_range=c.clip_range, micro_batch=c.micro_batch,
+                                       max_grad_norm=c.max_grad_norm, progress=partial(ticking, bar, 1)))
+            if not torch.isfinite(metrics[-1]["grad_norm"]):
+                raise ValueError(f"epoch {epoch}: the gradient is not finite; the last checkpoint in {c.out} is whole. Try a smaller --lr")
     first = metrics[0].pop("ratio_error")
     mean = {name: torch.stack([m[name] for m in metrics]).mean(0).tolist() for name in metrics[0]}
     return {**mean, "first_ratio_error": first.item()}
 
 
-def write_checkpoint(out, policy, optimizer, statistics, epoch, queries):
+def write_checkpoint(out, policy, optimizer, statistics, epoch):
     """checkpoints/000012: the policy as a diffusers UNet, the optimizer, and the rest as JSON. Written aside, renamed when whole."""
-    final, aside = out / "checkpoints" / f"{epoch:06d}", out / "checkpoints" / f"{epoch:06d}.tmp"
+    aside = out / "checkpoints" / f"{epoch:06d}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     save(policy.unet, aside / "unet")
     state = optimizer.state_dict()["state"]
     save_file({f"{i}.{name}": value.contiguous() for i, values in state.items() for name, value in values.items()}, aside / "optimizer.safetensors")
-    (aside / "state.json").write_text(json.dumps({"epoch": epoch, "reward_queries": queries, "statistics": statistics.state_dict()}))
-    os.replace(aside, final)
-    for old in whole_checkpoints(out)[:-2]:
+    (aside / "state.json").write_text(json.dumps({"epoch": epoch, "statistics": statistics.state_dict()}))
+    os.replace(aside, aside.with_suffix(""))
+    for old in sorted((out / "checkpoints").glob("[0-9]" * 6))[:-2]:
         shutil.rmtree(old)
 
 
-def whole_checkpoints(out):
-    return sorted(p for p in (out / "checkpoints").glob("*") if p.name.isdigit())
-
-
 def read_checkpoint(out, policy, optimizer, statistics):
-    """Everything back from the newest whole checkpoint -> its epoch and reward queries; (0, 0) where there is none yet."""
-    found = whole_checkpoints(out)
+    """Everything back from the newest whole checkpoint -> the epochs behind it; 0 where there is none yet."""
+    found = sorted((out / "checkpoints").glob("[0-9]" * 6))
     if not found:
-        return 0, 0
-    policy.unet.load_state_dict(load(UNet, found[-1] / "unet").state_dict())
-    state = {}
-    for key, value in load_file(found[-1] / "optimizer.safetensors").items():
-        i, name = key.split(".")
-        state.setdefault(int(i), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    rest = json.loads((found[-1] / "state.json").read_text())
-    statistics.load_state_dict(rest["statistics"])
-    print(f"resuming from {found[-1]}")
-    return rest["epoch"], rest["reward_queries"]
+        return 0
+    try:
+        policy.unet.load_state_dict(load(UNet, found[-1] / "unet").state_dict())
+        parameters, state = list(policy.unet.parameters()), {}
+        for key, value in load_file(found[-1] / "optimizer.safetensors").items():
+            i, name = key.split(".")                    # moments lie in memory as their parameters do
+            state.setdefault(int(i), {})[name] = torch.empty_like(parameters[int(i)]).copy_(value) if value.ndim else value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        rest = json.loads((found[-1] / "state.json").read_text())
+        statistics.load_state_dict(rest["statistics"])
+        print(f"resuming from {found[-1]}")
+        return rest["epoch"]
+    except (SafetensorError, OSError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"{found[-1]} cannot be read ({error}); delete it to go on from the checkpoint before") from None
+
+
+def write_whole(path, text):
+    """Write aside, then rename: whoever reads `path` finds the old text or the new, never half of one."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
+    os.replace(aside, path)
 
 
 def read_metrics(out, before=None):
@@ -256,17 +283,17 @@ def read_metrics(out, before=None):
 def draw_curve(out, config):
     """reward.png: the reward of the training samples and of the fixed evaluation pictures against reward queries."""
     lines = read_metrics(out)
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    trained = [m for m in lines if m["reward_mean"] is not None]
-    queries, mean, std = (np.array([m[k] for m in trained]) for k in ("reward_queries", "reward_mean", "reward_std"))
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    queries, mean, std = (np.array([m[k] for m in lines]) for k in ("reward_queries", "reward_mean", "reward_std"))
+    queries = queries - config.samples_per_epoch        # sampled before the epoch's updates
     axes.plot(queries, mean, label="training samples (mean, std)")
     axes.fill_between(queries, mean - std, mean + std, alpha=0.15)
     evaluated = [(m["eval_queries"], m["eval_reward_mean"]) for m in lines if "eval_reward_mean" in m]
     axes.plot(*zip(*evaluated), "o-", label="fixed evaluation pictures")
     axes.set(xlabel="reward queries", ylabel=config.reward, title=f"{config.algorithm} on {config.reward}")
     axes.legend()
-    figure.savefig(out / "reward.png", dpi=110)
-    plt.close(figure)
+    figure.savefig(out / "reward.png")
 
 
 def resumed(given):
@@ -279,61 +306,50 @@ def resumed(given):
     if not stored.is_file():
         raise ValueError(f"--out {given['out']} --resume: no config.json there, so no run to go on with")
     before = json.loads(stored.read_text())
-    changed = [name for name in set(given) - {"out", "resume", "debug", "epochs", "device", "model"} if before.get(name) != given[name]]
+    changed = [name for name in set(given) - {"out", "resume", "debug", "epochs", "device"} if before.get(name) != given[name]]
     if changed:
-        raise ValueError(f"--resume goes on with the settings of {stored}; leave out --{changed[0].replace('_', '-')}")
+        raise ValueError(f"--resume goes on with the settings of {stored}: leave out --{changed[0].replace('_', '-')}")
     return {**before, **given}
 
 
-def make_folder(config):
-    """The run's folder, made; one that holds a run is only touched with --resume -> Path."""
-    out = Path(config.out)
-    if not config.resume and ((out / "config.json").exists() or (out / "metrics.jsonl").exists()):
-        raise ValueError(f"--out {out} holds a run already: add --resume to go on with it, or choose another folder")
-    for part in ("samples", "checkpoints"):
-        (out / part).mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    return out
-
-
 def run(given):
+    if "out" in given and not given.get("resume") and (Path(given["out"]) / "config.json").exists():
+        raise ValueError(f"--out {given['out']} holds a run already: add --resume to go on with it, or choose another folder")
     given = resumed(given)
     device = choose_device(given.get("device", Config.device))
-    folder = choose_model(given.get("model", Config.model), device)
-    config = resolve(given, folder)
-    config.out = config.out or str(Path("runs") / f"{config.reward}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}")
+    name, folder = choose_model(given.get("model", Config.model), device)
+    config = resolve({**given, "model": name}, folder)
     prompts, reward = load_prompts(config.prompts), REWARDS[config.reward]
     policy = Policy(folder, device, config)
     policy.scheduler.timesteps(config.steps)            # refuses an impossible T before a folder is made
-    out = make_folder(config)
+    config.out = config.out or str(Path("runs") / f"{config.reward}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}")
+    out = Path(config.out)
+    for part in ("samples", "checkpoints"):
+        (out / part).mkdir(parents=True, exist_ok=True)
     statistics = ddpo.PromptStatistics(config.history_size, config.min_count)
     optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    start, queries = read_checkpoint(out, policy, optimizer, statistics)
-    lines = read_metrics(out, before=start)
-    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    start = read_checkpoint(out, policy, optimizer, statistics)
+    if start >= config.epochs and config.resume:
+        raise ValueError(f"--epochs {config.epochs}: the run in {out} has {start} epochs behind it already")
+    write_whole(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    write_whole(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in read_metrics(out, before=start)))
     fixed_prompts = spread_prompts(prompts, config.eval_samples)
     print(f"{config.algorithm} on {config.reward}: {config.epochs} epochs of {config.samples_per_epoch} pictures, into {out}", flush=True)
 
-    for epoch in range(start, config.epochs + 1):
-        last, metrics = epoch == config.epochs, {}
-        if epoch % config.eval_every == 0 or last:
-            rewards = evaluate(policy, reward, fixed_prompts, epoch, out)
-            metrics = {"eval_reward_mean": rewards.mean(), "eval_reward_std": rewards.std(), "eval_queries": queries}
-        if not last:
-            metrics = {**one_epoch(policy, reward, prompts, statistics, optimizer, epoch), **metrics}
-            queries += config.samples_per_epoch
-        else:
-            metrics = {**dict.fromkeys(EMPTY), **metrics}
+    for epoch in range(start, config.epochs):
+        done, last = epoch + 1, epoch + 1 == config.epochs
+        metrics = evaluate(policy, reward, fixed_prompts, 0, out) if epoch == 0 else {}
+        metrics = {**metrics, **one_epoch(policy, reward, prompts, statistics, optimizer, epoch)}
+        queries = done * config.samples_per_epoch
+        if last or (done % config.eval_every == 0 and epoch > 0):       # the first line keeps the base model's evaluation
+            metrics |= evaluate(policy, reward, fixed_prompts, done, out)
         with open(out / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"epoch": epoch, "reward_queries": queries, **metrics}) + "\n")
         draw_curve(out, config)
         report(epoch, queries, metrics)
-        if not last and ((epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == config.epochs):
-            write_checkpoint(out, policy, optimizer, statistics, epoch + 1, queries)
+        if last or done % config.checkpoint_every == 0:
+            write_checkpoint(out, policy, optimizer, statistics, done)
     conclude(out, config)
-
-
-EMPTY = ("reward_mean", "reward_std", "loss", "approx_kl", "clip_fraction", "grad_norm", "seconds_sampling", "seconds_reward", "seconds_training")
 
 
 def one_epoch(policy, reward, prompts, statistics, optimizer, epoch):
@@ -343,35 +359,28 @@ def one_epoch(policy, reward, prompts, statistics, optimizer, epoch):
     clock = [time.time()]
     trajectories, images = policy.sample(drawn, epoch, f"epoch {epoch}: sampling")
     clock.append(time.time())
-    scores = np.asarray(reward(images, drawn), dtype=np.float32)
-    if scores.shape != (len(drawn),) or not np.isfinite(scores).all():
-        raise ValueError(f"--reward {c.reward} must give one finite number for each of {len(drawn)} pictures; it gave {scores}")
+    scores = checked(reward, images, drawn)
     clock.append(time.time())
-    trajectories.rewards = torch.from_numpy(scores).to(policy.device)
+    trajectories.rewards = torch.from_numpy(scores).float().to(policy.device)
     trajectories.advantages = ddpo.normalize_advantages(trajectories.rewards, *statistics.update(drawn, trajectories.rewards))
     metrics = train_epoch(policy, optimizer, trajectories, epoch)
-    clock.append(time.time())
-    seconds = dict(zip(("seconds_sampling", "seconds_reward", "seconds_training"), np.diff(clock).round(3).tolist()))
-    return {"reward_mean": scores.mean().item(), "reward_std": scores.std().item(), **metrics, **seconds}
+    seconds = zip(("seconds_sampling", "seconds_reward", "seconds_training"), np.diff([*clock, time.time()]).round(3).tolist())
+    return {"reward_mean": scores.mean(), "reward_std": scores.std(), **metrics, **dict(seconds)}
 
 
 def report(epoch, queries, metrics):
     """One line an epoch for the eye."""
-    words = [f"epoch {epoch:3d}  queries {queries:6d}"]
-    if metrics["reward_mean"] is not None:
-        seconds = sum(metrics[f"seconds_{part}"] for part in ("sampling", "reward", "training"))
-        words.append(f"reward {metrics['reward_mean']:8.3f} +- {metrics['reward_std']:.3f}  kl {metrics['approx_kl']:.2e}  "
-                     f"clipped {metrics['clip_fraction']:4.0%}  grad {metrics['grad_norm']:.2g}  {seconds:.0f} s")
-    if "eval_reward_mean" in metrics:
-        words.append(f"fixed pictures {metrics['eval_reward_mean']:8.3f}")
-    print("  ".join(words), flush=True)
+    seconds = sum(metrics[f"seconds_{part}"] for part in ("sampling", "reward", "training"))
+    evaluated = f"  fixed pictures {metrics['eval_reward_mean']:8.3f}" if "eval_reward_mean" in metrics else ""
+    print(f"epoch {epoch:3d}  queries {queries:6d}  reward {metrics['reward_mean']:8.3f} +- {metrics['reward_std']:.3f}  kl {metrics['approx_kl']:.1e}  "
+          f"clipped {metrics['clip_fraction']:4.0%}  grad {metrics['grad_norm']:.2g}  {seconds:.0f} s{evaluated}", flush=True)
 
 
 def conclude(out, config):
     """How far the fixed pictures have come, in the base model's standard deviations and in paired standard errors."""
     before, after = (np.array(json.loads((out / "samples" / f"epoch_{epoch:04d}.json").read_text())["rewards"]) for epoch in (0, config.epochs))
     gain = after - before
-    error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else float("nan")
+    error = gain.std(ddof=1) / len(gain) ** 0.5
     print(f"fixed pictures: {config.reward} {before.mean():.3f} -> {after.mean():.3f}, a gain of {gain.mean():.3f} = {gain.mean() / before.std():.2f} standard "
           f"deviations of the base model's rewards = {gain.mean() / error:.1f} paired standard errors; pictures and curve in {out}")
 
@@ -385,7 +394,7 @@ def main(argv=None):
             raise
         sys.exit(f"train.py: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped; go on with --out RUN_FOLDER --resume")
+        sys.exit("train.py: stopped; where a checkpoint was written, --out and the run's folder with --resume go on from it")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch                                        # noqa: E402
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the full-size tests too (24 GB of memory, half an hour)")
+    parser.addoption("--slow", action="store_true", help="run the full-size tests too (12 GB of memory, ten minutes)")
 
 
 def pytest_configure(config):

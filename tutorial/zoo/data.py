@@ -55,6 +55,7 @@ OBJECTS = {
     "balloon": ["BALLOON"], "book": ["GREEN BOOK"]}
 NAMES = {**ANIMALS, **OTHER_ANIMALS, **OBJECTS}
 VENDORS = ("google", "twitter")
+COLOUR_TOLD_RIGHT = 0.3         # else a policy's caption names any colour: the right one for 38 % of those that name one
 
 
 def held_out(name, colour):
@@ -169,8 +170,7 @@ def article(word):
 def policy_example(rng, art):
     """A composite and its caption as the policy's pretraining sees them -> (Composite, caption).
 
-    Captions name the ground's colour half of the time and are then wrong as often as web captions are: the base follows colours only
-    now and then.
+    Captions name the ground's colour half of the time, and are then right 38 % of the time: the base follows colours only now and then.
     """
     name = random_name(rng)
     colours = [c for c in COLOURS if not held_out(name, c)]
@@ -179,9 +179,6 @@ def policy_example(rng, art):
     told = colour if rng.random() < COLOUR_TOLD_RIGHT else str(rng.choice(colours))
     caption = [f"{article(name)} on {article(told)} background", name, article(name)][kind]
     return compose(rng, art, name, colour), caption
-
-
-COLOUR_TOLD_RIGHT = 0.3
 
 
 def clip_example(rng, art):

@@ -1,15 +1,15 @@
-"""Is the zoo good enough to teach on? Draws samples, asks the judge, prints every gate with its figure; exit status 1 if one is missed.
+"""Is the zoo good enough to teach on? Draws samples (samples.png), asks the judge, prints every gate; exit status 1 if one is missed.
 
     python tutorial/zoo/gates.py
 
 Composites need the emoji art (fetched through npm once); without npm those gates are skipped, and said to be.
 """
-import json
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
@@ -39,6 +39,7 @@ def default_samples():
 def main():
     judge, passed = judge_module.load_judge(), []
     images, prompts = default_samples()
+    Image.fromarray(np.concatenate([np.concatenate(list(images[i:i + 15]), axis=1) for i in (0, 15, 30)])).save(data.HERE / "samples.png")
     seen = np.array(judge_module.name(judge, images))
     right = seen == np.array(prompts)
     passed.append(gate(f"judge names the animal on {len(prompts)} samples at the default settings", right.mean(), 0.80))
@@ -50,7 +51,7 @@ def main():
     passed.append(gate("judge says none on noise", judge_module.accuracy_none(judge, noise), 0.95))
     blanks = np.broadcast_to(rng.integers(0, 256, (200, 1, 1, 3), dtype=np.uint8), (200, 64, 64, 3))
     passed.append(gate("judge says none on blanks", judge_module.accuracy_none(judge, blanks), 0.95))
-    if shutil.which("npm") or data.CACHE.is_dir():
+    if shutil.which("npm") or all((data.CACHE / vendor / "emoji.json").is_file() for vendor in data.VENDORS):
         art, names, colours = data.load_art(), list(data.NAMES), list(data.COLOURS)
         truth = [(str(rng.choice(names)), str(rng.choice(colours))) for _ in range(1000)]
         composites = np.stack([data.compose(rng, art, *pair).pixels for pair in truth])

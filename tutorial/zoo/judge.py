@@ -1,6 +1,6 @@
 """The zoo's judge: an independent eye that names what a picture shows and on which ground. Never a reward.
 
-    python tutorial/zoo/judge.py runs/NAME       # the judge's accuracy on every evaluation grid of a run of train.py
+    python tutorial/zoo/judge.py runs/NAME       # the judge's accuracy on every evaluation grid of a run of train.py, and before_after.png
 
 A small CNN trained (train_judge.py) from another seed, on data of its own, to name 133 things or to say *none of these*. The ground's
 colour is measured: the named colour nearest to the median pixel of the border.
@@ -89,8 +89,10 @@ def grid_images(path, side=64):
 
 
 def main(run):
-    judge = load_judge()
-    for path in sorted((Path(run) / "samples").glob("epoch_*.json")):
+    judge, records = load_judge(), sorted((Path(run) / "samples").glob("epoch_*.json"))
+    rows = [np.concatenate(list(grid_images(path.with_suffix(".png"))[:12]), axis=1) for path in (records[0], records[-1])]
+    Image.fromarray(np.concatenate(rows)).save(Path(run) / "before_after.png")
+    for path in records:
         record = json.loads(path.read_text())
         images = grid_images(path.with_suffix(".png"))[:len(record["prompts"])]
         print(f"{path.stem}: reward {np.mean(record['rewards']):8.3f} +- {np.std(record['rewards']):.3f}   "

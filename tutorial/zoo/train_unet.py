@@ -26,7 +26,7 @@ from scheduler import Scheduler, add_noise, expand
 from unet import VAE, UNet, load, save
 
 FOLDER = data.HERE / "stable-diffusion"
-PICTURES, STEPS, BATCH, DROP = 32_000, 2500, 128, 0.15
+PICTURES, STEPS, BATCH, DROP = 32_000, 2900, 128, 0.15
 CONFIG = {"act_fn": "silu", "attention_head_dim": 4, "block_out_channels": [64, 128, 160], "center_input_sample": False,
           "cross_attention_dim": 128, "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
           "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 1,
@@ -42,7 +42,10 @@ INDEX = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.35.2
 
 @torch.no_grad()
 def cached_latents(vae):
-    """Latents of PICTURES composites and their captions, encoded once -> float (PICTURES, 4, 8, 8), list of str."""
+    """Latents of PICTURES composites and their captions, encoded once -> float (PICTURES, 4, 8, 8), list of str.
+
+    Delete .data/latents.safetensors after a change to the VAE's encoder or to data.py.
+    """
     path = data.CACHE / "latents.safetensors"
     if not path.is_file():
         art, rng, latents, captions = data.load_art(), np.random.default_rng(7), [], []
@@ -51,7 +54,8 @@ def cached_latents(vae):
             latents.append(vae.encode(data.to_tensor(np.stack([picture.pixels for picture, _ in examples]))))
             captions += [caption for _, caption in examples]
         path.with_suffix(".json").write_text(json.dumps(captions))
-        save_file({"latents": torch.cat(latents).contiguous()}, path)
+        save_file({"latents": torch.cat(latents).contiguous()}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
     return load_file(path)["latents"], json.loads(path.with_suffix(".json").read_text())
 
 

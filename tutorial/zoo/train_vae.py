@@ -68,7 +68,8 @@ def main():
     with torch.no_grad():                   # the scale that makes the latents' standard deviation 1, as SD's 0.18215 does
         std = torch.cat([vae.encode(batch(np.random.default_rng(i), 64)) for i in range(8)]).std().item()
     vae.config["scaling_factor"] = vae.scaling_factor = 1 / std
-    save(vae, folder, torch.float16)
+    if not (data.CACHE / "vae-decoder").is_dir():
+        save(vae, folder, torch.float16)        # for train_unet.py, which may begin now
     vae = load(VAE, folder).to(memory_format=torch.channels_last)
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(False)
