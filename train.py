@@ -267,8 +267,7 @@ def read_checkpoint(out, policy, optimizer, statistics):
         raise ValueError(f"{found[-1]} cannot be read ({error}); delete it to go on from the checkpoint before") from None
 
 
-def write_whole(path, text):
-    """Write aside, then rename: whoever reads `path` finds the old text or the new, never half of one."""
+def write_whole(path, text):                       # aside, then renamed: readers find the old text or the new, never half of one
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text)
     os.replace(aside, path)
