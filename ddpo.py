@@ -5,6 +5,7 @@ scheduler.py; the reward r(x_0, c) comes once, at the end. In reading order:
 
     guided_noise, predict_noise     Eq. 3: the guided noise prediction, in sampling and in training alike ("CFG training", App. E.1)
     Trajectories, sample            roll the policy out and keep x_T ... x_0 and the log-probabilities
+    Policy                          the parts of a Stable Diffusion, from prompts to pictures
     PromptStatistics, normalize_advantages      Sec. 5.1, App. D: rewards normalised prompt by prompt
     reinforce_loss, ppo_loss        Eq. DDPO_SF and DDPO_IS, the two policy gradients
     update                          minibatches of whole samples, micro-batches of (sample, timestep) pairs, one optimizer step each
@@ -18,7 +19,7 @@ Deviations from the paper's text, and why:
 - Noise comes from a generator seeded by (seed, epoch, sample), not from one stream: results don't depend on batch sizes.
 """
 from collections import deque
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -71,22 +72,68 @@ class Trajectories:
 
 
 @torch.no_grad()
-def sample(unet, scheduler, cond, uncond, noise, T, eta, w, progress=iter):
+def sample(unet, scheduler, cond, uncond, noise, T, eta, w, tick=None):
     """Roll out the policy: x_T ~ N(0, I), then T steps x_{t-1} ~ p_theta(. | x_t, c).
 
     cond (B, m, d); uncond (1, m, d), the empty prompt; noise (B, T+1, 4, h, w), for x_T and for each step -> Trajectories.
-    `progress` may wrap the loop over the steps in a bar.
+    `tick()`, where given, is called after every step.
     """
     timesteps = scheduler.timesteps(T)
     x, log_probs = noise[:, 0], []
     latents = [x]
-    for i in progress(range(T)):
+    for i in range(T):
         t = timesteps[i].expand(len(x))
         eps = predict_noise(unet, x, t, cond, uncond, w)
         x, log_prob = scheduler.step(eps, x, t, T, eta, noise[:, i + 1])
         latents.append(x)
         log_probs.append(log_prob)
+        if tick:
+            tick()
     return Trajectories(torch.stack(latents, 1), torch.stack(log_probs, 1), timesteps, cond)
+
+
+@dataclass
+class Policy:
+    """The parts of a Stable Diffusion, of which only the UNet is trained, and how pictures are drawn with them."""
+    unet: torch.nn.Module
+    vae: torch.nn.Module
+    scheduler: object
+    tokenizer: object
+    text_encoder: torch.nn.Module
+    device: torch.device
+    T: int
+    eta: float
+    w: float
+    embeds: dict = field(default_factory=dict)
+
+    @torch.no_grad()
+    def embed(self, prompts):
+        """Prompt embeddings, each prompt encoded once: list of B str -> (B, m, d)."""
+        for prompt in set(prompts) - set(self.embeds):
+            tokens = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length, return_tensors="pt")
+            self.embeds[prompt] = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state[0]
+        return torch.stack([self.embeds[prompt] for prompt in prompts])
+
+    def sample(self, prompts, names, batch, tick=None, each=None):
+        """One trajectory a prompt, its noise by its name (see `named_noise`), `batch` at a time -> Trajectories, images uint8 (B, H, W, 3).
+
+        `each(images, prompts)`, where given, is called with every batch as soon as it is drawn.
+        """
+        side, parts, images = self.unet.config["sample_size"], [], []
+        for start in range(0, len(prompts), batch):
+            some = prompts[start:start + batch]
+            noise = torch.stack([named_noise((self.unet.config["in_channels"], side, side), self.T + 1, *name) for name in names[start:start + batch]])
+            parts.append(sample(self.unet, self.scheduler, self.embed(some), self.embed([""]), noise.to(self.device), self.T, self.eta, self.w, tick))
+            images.append(self.decode(parts[-1].latents[:, -1]))
+            if each:
+                each(images[-1], some)
+        return Trajectories.cat(parts), np.concatenate(images)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Latents (B, 4, h, w) -> images uint8 (B, H, W, 3)."""
+        images = (self.vae.decode(latents) / 2 + 0.5).clamp(0, 1)
+        return (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def normalize_advantages(rewards, mean, std, limit=10.0):
@@ -150,7 +197,7 @@ def policy_log_prob(unet, scheduler, trajectories, samples, steps, uncond, eta, 
     return gaussian_log_prob(x_prev, *scheduler.mean_std(eps, x_t, t, T, eta))
 
 
-def update(unet, optimizer, scheduler, trajectories, minibatch, uncond, *, algorithm, eta, w, clip_range, micro_batch, max_grad_norm, progress=iter):
+def update(unet, optimizer, scheduler, trajectories, minibatch, uncond, *, algorithm, eta, w, clip_range, micro_batch, max_grad_norm, tick=None):
     """One optimizer step on the samples `minibatch` (indices) with all their timesteps, in micro-batches of `micro_batch` pairs -> metrics.
 
     Pairs are taken timestep by timestep; since all of them go into one gradient, their order and the size of the micro-batches change
@@ -165,7 +212,7 @@ def update(unet, optimizer, scheduler, trajectories, minibatch, uncond, *, algor
     parameters = [p for p in unet.parameters() if p.requires_grad]
     optimizer.zero_grad(set_to_none=True)
     losses, ratios, log_ratios = [], [], []
-    for chunk in progress(torch.arange(len(steps), device=steps.device).split(micro_batch)):
+    for chunk in torch.arange(len(steps), device=steps.device).split(micro_batch):
         i, k = samples[chunk], steps[chunk]
         log_prob = policy_log_prob(unet, scheduler, trajectories, i, k, uncond, eta, w)
         loss, ratio = ppo_loss(log_prob, trajectories.log_probs[i, k], trajectories.advantages[i], clip_range)
@@ -175,6 +222,8 @@ def update(unet, optimizer, scheduler, trajectories, minibatch, uncond, *, algor
         losses.append(loss.detach())
         ratios.append(ratio.detach())
         log_ratios.append((log_prob - trajectories.log_probs[i, k]).detach())
+        if tick:
+            tick()
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     optimizer.step()
     ratio = torch.cat(ratios).reshape(T, -1)

@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion by DDPO: `python train.py --reward compressibility`.
+"""Fine-tune Stable Diffusion by DDPO: `python train.py --reward aesthetic`.
 
 The wiring of the paper's Algorithm (Sec. 4.3, App. D): each epoch draws prompts, samples pictures with the present policy, rewards
 them, normalises the rewards prompt by prompt and takes a few optimizer steps; all mathematics is in ddpo.py and scheduler.py.
@@ -15,8 +15,8 @@ import os
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +28,14 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import ddpo
-from rewards import REWARDS, draw_prompts, load_prompts, spread_prompts
+from rewards import REWARDS, clip_embedder, diversity, draw_prompts, load_prompts, loading, make_reward, spread_prompts
 from scheduler import Scheduler
 from unet import VAE, UNet, load, locate, save
 
-ZOO = Path(__file__).parent / "tutorial" / "zoo" / "stable-diffusion"
+TUTORIAL = Path(__file__).parent / "tutorial"
+ZOO = TUTORIAL / "zoo" / "stable-diffusion"
 ALGORITHMS = {"ddpo-is": {"batch_size": 64}, "ddpo-sf": {"batch_size": 256}}           # Table D.5: what depends on the algorithm
+PROMPTS = {"aesthetic": "common-animals", "alignment": "animal-activities"}            # Sec. 6: and on the reward
 EVALUATION = 2**31                                  # stands for the epoch in the names of the fixed evaluation noises
 
 
@@ -44,10 +46,10 @@ def option(default, help, **kwargs):
 @dataclass
 class Config:
     """Every setting, flat. Defaults are the paper's (Table D.5, DDPO_IS) where it has one."""
-    reward: str = option("compressibility", "what to maximise", choices=list(REWARDS))
+    reward: str = option("aesthetic", f"what to maximise: {', '.join(REWARDS)}, or file.py:function")
     algorithm: str = option("ddpo-is", "policy gradient: importance sampling with clipping, or score function", choices=list(ALGORITHMS))
     model: str = option("auto", "auto, zoo, a hub id or a diffusers folder; auto: SD v1.4 on a CUDA GPU, else the zoo")
-    prompts: str = option("imagenet-animals", "a named set (imagenet-animals, common-animals, animal-activities) or a text file")
+    prompts: str = option("imagenet-animals", "a named set (imagenet-animals, common-animals, animal-activities) or a text file, one prompt a line")
     epochs: int = option(50, "rounds of sampling and training")
     samples_per_epoch: int = option(256, "pictures sampled and rewarded an epoch (paper: 256)")
     samples_per_prompt: int = option(1, "pictures of each prompt drawn in an epoch (paper: prompts drawn independently, 1)")
@@ -66,6 +68,15 @@ class Config:
     eval_every: int = option(5, "evaluate on the fixed prompts and noises every so many epochs")
     eval_samples: int = option(64, "fixed evaluation pictures")
     checkpoint_every: int = option(10, "write a checkpoint every so many epochs, and at the end; the last two are kept")
+    metrics: str = option("compressibility", "rewards to watch beside --reward on the fixed pictures, separated by commas")
+    clip: str = option("openai/clip-vit-large-patch14", "CLIP, for the aesthetic reward and for diversity")
+    aesthetic_head: str = option("trl-lib/ddpo-aesthetic-predictor", "LAION's predictor on CLIP's embeddings: hub id, folder or file")
+    vlm: str = option("llava-hf/llava-1.5-7b-hf", "LLaVA that describes pictures for the alignment reward")
+    vlm_url: str = option(None, "a server to describe them instead (OpenAI chat-completions API): http://HOST:PORT/v1")
+    vlm_question: str = option("Answer concisely: what is going on in this image?", "what it is asked")
+    bert: str = option("microsoft/deberta-xlarge-mnli", "encoder of BERTScore, which compares description and prompt")
+    bert_layer: int = option(40, "its layer (bert-score's choice for deberta-xlarge-mnli: 40)")
+    reward_device: str = option(None, "where reward models run, beside the sampling of the next batch; default: --device")
     seed: int = option(0, "seed of everything random")
     device: str = option("auto", "cuda, cpu, mps ...; auto: cuda where there is one")
     out: str = option(None, "the run's folder; by default a new one in runs/")
@@ -97,9 +108,14 @@ def model_settings(folder):
         raise ValueError(f'{path}: needed is an object of objects, such as {{"all": {{"steps": 20}}}}')
     if unknown := set(own) - {"all", *ALGORITHMS, *REWARDS}:
         raise ValueError(f"{path} has a section {unknown.pop()!r}; known are all, {', '.join([*ALGORITHMS, *REWARDS])}")
-    for name, value in (item for part in own.values() for item in part.items()):
+    for part, name, value in [(part, *item) for part in own.values() for item in part.items()]:
         if name not in types or type(value) not in types[name]:
             raise ValueError(f"{path} sets {name} = {value!r}: no setting of a model, or not of its type")
+        if type(value) is str:                              # paths are relative to the model's folder
+            items = [str((folder / item).resolve()) if item.startswith("../") else item for item in value.split(",")]
+            if name == "metrics" and any(".py:" in item and TUTORIAL.resolve() not in Path(item).parents for item in items):
+                raise ValueError(f"{path} sets metrics = {value!r}: a model's settings may run no code but that of {TUTORIAL}")
+            part[name] = ",".join(items)
     return own
 
 
@@ -107,7 +123,8 @@ def resolve(given, folder):
     """The whole Config: the command line over the model's ddpo.json over the paper's table. Raises ValueError, one line."""
     own = model_settings(folder)
     reward, algorithm = given.get("reward", Config.reward), given.get("algorithm", Config.algorithm)
-    config = Config(**{**ALGORITHMS[algorithm], **own.get("all", {}), **own.get(algorithm, {}), **own.get(reward, {}), **given})
+    paper = {**ALGORITHMS[algorithm], "prompts": PROMPTS.get(reward, Config.prompts)}
+    config = Config(**{**paper, **own.get("all", {}), **own.get(algorithm, {}), **own.get(reward, {}), **given})
     if algorithm == "ddpo-sf":                          # right for one update an epoch only
         config.batch_size = given.get("batch_size", config.samples_per_epoch)
         if config.batch_size != config.samples_per_epoch:
@@ -127,13 +144,13 @@ def resolve(given, folder):
     return config
 
 
-def choose_device(name):
+def choose_device(name, flag="--device"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{flag} {name}: {str(error).splitlines()[0]}") from None
 
 
 def choose_model(name, device):
@@ -144,89 +161,78 @@ def choose_model(name, device):
     return name, ZOO if name == "zoo" else locate(name)
 
 
-class Policy:
-    """The parts of a Stable Diffusion folder on a device: only the UNet is trained."""
-
-    def __init__(self, folder, device, config):
-        from transformers import CLIPTextModel, CLIPTokenizer
-        from transformers.utils import logging
-        logging.disable_progress_bar()
-        self.device, self.config = device, config
-        self.unet = load(UNet, folder / "unet").to(device, memory_format=torch.channels_last)
-        self.vae = load(VAE, folder / "vae").to(device, memory_format=torch.channels_last).requires_grad_(False)
-        self.scheduler = Scheduler.from_folder(folder / "scheduler").to(device)
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32, local_files_only=True).to(device).eval()
-        self.side = self.unet.config["sample_size"]
-        self.embeds = {}
-
-    @torch.no_grad()
-    def embed(self, prompts):
-        """Prompt embeddings, each prompt encoded once: list of B str -> (B, m, d)."""
-        for prompt in set(prompts) - set(self.embeds):
-            tokens = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length, return_tensors="pt")
-            self.embeds[prompt] = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state[0]
-        return torch.stack([self.embeds[prompt] for prompt in prompts])
-
-    def sample(self, prompts, epoch, description):
-        """One trajectory a prompt, the noises named by (seed, epoch, place in the list) -> Trajectories, images uint8 (B, H, W, 3)."""
-        c, parts, images = self.config, [], []
-        shape = (self.unet.config["in_channels"], self.side, self.side)
-        with tqdm(total=len(prompts) * c.steps, desc=description, unit="step", leave=False, disable=None) as bar:
-            for start in range(0, len(prompts), c.sample_batch):
-                batch = range(start, min(start + c.sample_batch, len(prompts)))
-                noise = torch.stack([ddpo.named_noise(shape, c.steps + 1, c.seed, epoch, i) for i in batch]).to(self.device)
-                parts.append(ddpo.sample(self.unet, self.scheduler, self.embed([prompts[i] for i in batch]), self.embed([""]), noise,
-                                         c.steps, c.eta, c.guidance, progress=partial(ticking, bar, len(batch))))
-                images.append(self.decode(parts[-1].latents[:, -1]))
-        return ddpo.Trajectories.cat(parts), np.concatenate(images)
-
-    @torch.no_grad()
-    def decode(self, latents):
-        """Latents (B, 4, h, w) -> images uint8 (B, H, W, 3)."""
-        images = (self.vae.decode(latents) / 2 + 0.5).clamp(0, 1)
-        return (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+def load_policy(folder, device, config):
+    """The parts of a Stable Diffusion folder on a device -> ddpo.Policy."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+    unet, vae = (load(cls, folder / part).to(device, memory_format=torch.channels_last) for cls, part in ((UNet, "unet"), (VAE, "vae")))
+    tokenizer = loading("--model", folder, CLIPTokenizer, folder / "tokenizer")
+    encoder = loading("--model", folder, CLIPTextModel, folder / "text_encoder", dtype=torch.float32).to(device).eval()
+    return ddpo.Policy(unet, vae.requires_grad_(False), Scheduler.from_folder(folder / "scheduler").to(device), tokenizer, encoder, device,
+                       config.steps, config.eta, config.guidance)
 
 
-def ticking(bar, amount, iterable):
-    """Yield from `iterable`, moving `bar` on by `amount` after each."""
-    for item in iterable:
-        yield item
-        bar.update(amount)
+def draw(policy, config, prompts, epoch, description, each=None):
+    """Sample one picture a prompt, the noises named by (seed, epoch, place in the list), under a bar -> Trajectories, images."""
+    names = [(config.seed, epoch, i) for i in range(len(prompts))]
+    total = -(-len(prompts) // config.sample_batch) * config.steps
+    with tqdm(total=total, desc=description, unit="step", leave=False, disable=None) as bar:
+        return policy.sample(prompts, names, config.sample_batch, bar.update, each)
 
 
 def checked(reward, images, prompts):
-    """The rewards, one finite number a picture, or ValueError -> float64 (B,)."""
-    scores = np.asarray(reward(images, prompts), dtype=np.float64)
+    """The rewards, one finite number a picture, and what the reward shows beside them; or ValueError -> float64 (B,), {name: list of B}."""
+    given = reward(images, prompts)
+    scores, shown = given if isinstance(given, tuple) else (given, {})
+    scores = np.asarray(scores, dtype=np.float64)
     if scores.shape != (len(prompts),) or not np.isfinite(scores).all():
         raise ValueError(f"--reward {reward.__name__} must give one finite number for each of {len(prompts)} pictures; it gave {scores}")
-    return scores
+    return scores, shown
 
 
-def evaluate(policy, reward, prompts, epoch, out):
+@dataclass
+class Run:
+    """All that a run holds."""
+    config: Config
+    out: Path
+    policy: ddpo.Policy
+    reward: object
+    apart: bool                 # the reward has a device or server of its own, and works while the next batch is drawn
+    watched: dict               # {name: other reward}
+    clip: object                # embeds pictures for the diversity; None where there is none to be had
+    prompts: list
+    statistics: ddpo.PromptStatistics
+    optimizer: torch.optim.Optimizer
+
+    def diversity(self, images, prompts):
+        return diversity(self.clip(images), prompts) if self.clip else None
+
+
+def evaluate(run, epoch):
     """Reward the fixed prompts and noises; write the grid of pictures and the figures behind it -> metrics."""
-    _, images = policy.sample(prompts, EVALUATION, "evaluating")
-    rewards = checked(reward, images, prompts)
+    prompts = 2 * spread_prompts(run.prompts, run.config.eval_samples // 2)            # two of each, for the diversity
+    _, images = draw(run.policy, run.config, prompts, EVALUATION, "evaluating")
+    scores = {name: checked(reward, images, prompts)[0] for name, reward in {"reward": run.reward, **run.watched}.items()}
     columns, tile = int(np.ceil(len(images) ** 0.5)), min(images.shape[1], 256)
     grid = Image.new("RGB", (columns * tile, -(-len(images) // columns) * tile))
     for i, image in enumerate(images):
         grid.paste(Image.fromarray(image).resize((tile, tile)), (i % columns * tile, i // columns * tile))
-    grid.save(out / "samples" / f"epoch_{epoch:04d}.png")
-    record = {"epoch": epoch, "prompts": prompts, "rewards": rewards.tolist()}
-    write_whole(out / "samples" / f"epoch_{epoch:04d}.json", json.dumps(record, indent=1) + "\n")
-    return {"eval_reward_mean": rewards.mean(), "eval_reward_std": rewards.std(), "eval_queries": epoch * policy.config.samples_per_epoch}
+    grid.save(run.out / "samples" / f"epoch_{epoch:04d}.png")
+    record = {"epoch": epoch, "prompts": prompts, "rewards": scores["reward"].tolist(), **{name: scores[name].tolist() for name in run.watched}}
+    write_whole(run.out / "samples" / f"epoch_{epoch:04d}.json", json.dumps(record, indent=1) + "\n")
+    return {"eval_queries": epoch * run.config.samples_per_epoch, **{f"eval_{name}_mean": s.mean() for name, s in scores.items()},
+            "eval_reward_std": scores["reward"].std(), "eval_diversity": run.diversity(images, prompts)}
 
 
-def train_epoch(policy, optimizer, trajectories, epoch):
+def train_epoch(run, trajectories, epoch):
     """The optimizer updates of an epoch -> their metrics, averaged, as floats."""
-    c, metrics = policy.config, []
+    c, policy, metrics = run.config, run.policy, []
     order = torch.from_numpy(np.random.default_rng([c.seed, epoch, 1]).permutation(len(trajectories))).to(policy.device)
     total = -(-c.batch_size * c.steps // c.micro_batch) * (len(order) // c.batch_size)
     with tqdm(total=total, desc=f"epoch {epoch}: training", unit="pass", leave=False, disable=None) as bar:
         for minibatch in order.split(c.batch_size):
-            metrics.append(ddpo.update(policy.unet, optimizer, policy.scheduler, trajectories, minibatch, policy.embed([""]),
+            metrics.append(ddpo.update(policy.unet, run.optimizer, policy.scheduler, trajectories, minibatch, policy.embed([""]),
                                        algorithm=c.algorithm, eta=c.eta, w=c.guidance, clip_range=c.clip_range, micro_batch=c.micro_batch,
-                                       max_grad_norm=c.max_grad_norm, progress=partial(ticking, bar, 1)))
+                                       max_grad_norm=c.max_grad_norm, tick=bar.update))
             if not torch.isfinite(metrics[-1]["grad_norm"]):
                 raise ValueError(f"epoch {epoch}: the gradient is not finite; the last checkpoint in {c.out} is whole. Try a smaller --lr")
     first = metrics[0].pop("ratio_error")
@@ -234,22 +240,22 @@ def train_epoch(policy, optimizer, trajectories, epoch):
     return {**mean, "first_ratio_error": first.item()}
 
 
-def write_checkpoint(out, policy, optimizer, statistics, epoch):
+def write_checkpoint(run, epoch):
     """checkpoints/000012: the policy as a diffusers UNet, the optimizer, and the rest as JSON. Written aside, renamed when whole."""
-    aside = out / "checkpoints" / f"{epoch:06d}.tmp"
+    aside = run.out / "checkpoints" / f"{epoch:06d}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
-    save(policy.unet, aside / "unet")
-    state = optimizer.state_dict()["state"]
+    save(run.policy.unet, aside / "unet")
+    state = run.optimizer.state_dict()["state"]
     save_file({f"{i}.{name}": value.contiguous() for i, values in state.items() for name, value in values.items()}, aside / "optimizer.safetensors")
-    (aside / "state.json").write_text(json.dumps({"epoch": epoch, "statistics": statistics.state_dict()}))
+    (aside / "state.json").write_text(json.dumps({"epoch": epoch, "statistics": run.statistics.state_dict()}))
     os.replace(aside, aside.with_suffix(""))
-    for old in sorted((out / "checkpoints").glob("[0-9]" * 6))[:-2]:
+    for old in sorted((run.out / "checkpoints").glob("[0-9]" * 6))[:-2]:
         shutil.rmtree(old)
 
 
-def read_checkpoint(out, policy, optimizer, statistics):
+def read_checkpoint(run):
     """Everything back from the newest whole checkpoint -> the epochs behind it; 0 where there is none yet."""
-    found = sorted((out / "checkpoints").glob("[0-9]" * 6))
+    found, policy, optimizer = sorted((run.out / "checkpoints").glob("[0-9]" * 6)), run.policy, run.optimizer
     if not found:
         return 0
     try:
@@ -260,7 +266,7 @@ def read_checkpoint(out, policy, optimizer, statistics):
             state.setdefault(int(i), {})[name] = torch.empty_like(parameters[int(i)]).copy_(value) if value.ndim else value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         rest = json.loads((found[-1] / "state.json").read_text())
-        statistics.load_state_dict(rest["statistics"])
+        run.statistics.load_state_dict(rest["statistics"])
         print(f"resuming from {found[-1]}")
         return rest["epoch"]
     except (SafetensorError, OSError, ValueError, KeyError, IndexError) as error:
@@ -273,15 +279,20 @@ def write_whole(path, text):                       # aside, then renamed: reader
     os.replace(aside, path)
 
 
-def read_metrics(out, before=None):
-    path = out / "metrics.jsonl"
+def read_lines(path, before=math.inf):
+    """The whole lines of a .jsonl file, up to an epoch -> list of dicts."""
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
-    return [line for line in lines if before is None or line["epoch"] < before]
+    return [line for line in lines if line["epoch"] < before]
+
+
+def append_lines(path, lines):
+    with open(path, "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def draw_curve(out, config):
     """reward.png: the reward of the training samples and of the fixed evaluation pictures against reward queries."""
-    lines = read_metrics(out)
+    lines = read_lines(out / "metrics.jsonl")
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     queries, mean, std = (np.array([m[k] for m in lines]) for k in ("reward_queries", "reward_mean", "reward_std"))
@@ -311,60 +322,79 @@ def resumed(given):
     return {**before, **given}
 
 
-def run(given):
+def prepare(given):
+    """Everything loaded, and the run's folder -> Run. What can be refused is refused before the folder is made."""
     if "out" in given and not given.get("resume") and (Path(given["out"]) / "config.json").exists():
         raise ValueError(f"--out {given['out']} holds a run already: add --resume to go on with it, or choose another folder")
     given = resumed(given)
     device = choose_device(given.get("device", Config.device))
     name, folder = choose_model(given.get("model", Config.model), device)
     config = resolve({**given, "model": name}, folder)
-    prompts, reward = load_prompts(config.prompts), REWARDS[config.reward]
-    policy = Policy(folder, device, config)
-    policy.scheduler.timesteps(config.steps)            # refuses an impossible T before a folder is made
-    config.out = config.out or str(Path("runs") / f"{config.reward}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}")
-    out = Path(config.out)
+    prompts = load_prompts(config.prompts)
+    policy = load_policy(folder, device, config)
+    policy.scheduler.timesteps(config.steps)            # refuses an impossible T
+    reward_device = choose_device(config.reward_device or str(device), "--reward-device")
+    reward = make_reward(config.reward, config, reward_device)
+    watched = [make_reward(name, config, reward_device) for name in config.metrics.split(",") if name and name != config.reward]
+    try:
+        clip = clip_embedder(config.clip, reward_device)
+    except ValueError as error:
+        clip = print(f"diversity is not measured: {error}")
+    label = Path(config.reward.rpartition(":")[0]).stem or config.reward
+    config.out = config.out or str(Path("runs") / f"{label}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}")
     for part in ("samples", "checkpoints"):
-        (out / part).mkdir(parents=True, exist_ok=True)
-    statistics = ddpo.PromptStatistics(config.history_size, config.min_count)
+        (Path(config.out) / part).mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    start = read_checkpoint(out, policy, optimizer, statistics)
+    apart = reward_device != device or bool(config.vlm_url)
+    return Run(config, Path(config.out), policy, reward, apart, {other.__name__: other for other in watched}, clip, prompts,
+               ddpo.PromptStatistics(config.history_size, config.min_count), optimizer)
+
+
+def loop(run):
+    """The epochs, from the newest checkpoint on."""
+    config, out, start = run.config, run.out, read_checkpoint(run)
     if start >= config.epochs and config.resume:
         raise ValueError(f"--epochs {config.epochs}: the run in {out} has {start} epochs behind it already")
     write_whole(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    write_whole(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in read_metrics(out, before=start)))
-    fixed_prompts = spread_prompts(prompts, config.eval_samples)
+    for name in ("metrics.jsonl", "descriptions.jsonl"):
+        write_whole(out / name, "".join(json.dumps(line) + "\n" for line in read_lines(out / name, before=start)))
     print(f"{config.algorithm} on {config.reward}: {config.epochs} epochs of {config.samples_per_epoch} pictures, into {out}", flush=True)
 
     for epoch in range(start, config.epochs):
         done, last = epoch + 1, epoch + 1 == config.epochs
-        metrics = evaluate(policy, reward, fixed_prompts, 0, out) if epoch == 0 else {}
-        metrics = {**metrics, **one_epoch(policy, reward, prompts, statistics, optimizer, epoch)}
+        metrics = evaluate(run, 0) if epoch == 0 else {}
+        metrics = {**metrics, **one_epoch(run, epoch)}
         queries = done * config.samples_per_epoch
         if last or (done % config.eval_every == 0 and epoch > 0):       # the first line keeps the base model's evaluation
-            metrics |= evaluate(policy, reward, fixed_prompts, done, out)
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"epoch": epoch, "reward_queries": queries, **metrics}) + "\n")
+            metrics |= evaluate(run, done)
+        append_lines(out / "metrics.jsonl", [{"epoch": epoch, "reward_queries": queries, **metrics}])
         draw_curve(out, config)
         report(epoch, queries, metrics)
         if last or done % config.checkpoint_every == 0:
-            write_checkpoint(out, policy, optimizer, statistics, done)
+            write_checkpoint(run, done)
     conclude(out, config)
 
 
-def one_epoch(policy, reward, prompts, statistics, optimizer, epoch):
+def one_epoch(run, epoch):
     """Sample, reward, normalise, update: one round of the paper's loop -> metrics."""
-    c = policy.config
-    drawn = draw_prompts(prompts, c.samples_per_epoch, c.samples_per_prompt, np.random.default_rng([c.seed, epoch]))
+    c, rewarded = run.config, []
+    drawn = draw_prompts(run.prompts, c.samples_per_epoch, c.samples_per_prompt, np.random.default_rng([c.seed, epoch]))
     clock = [time.time()]
-    trajectories, images = policy.sample(drawn, epoch, f"epoch {epoch}: sampling")
+    with ThreadPoolExecutor(1) as beside:
+        each = (lambda *batch: rewarded.append(beside.submit(checked, run.reward, *batch))) if run.apart else None
+        trajectories, images = draw(run.policy, c, drawn, epoch, f"epoch {epoch}: sampling", each)
+        clock.append(time.time())
+        parts = [future.result() for future in rewarded] or [checked(run.reward, images, drawn)]
+    scores = np.concatenate([part for part, _ in parts])
+    shown = {name: sum((list(extra[name]) for _, extra in parts), []) for name in parts[0][1]}
+    append_lines(run.out / "descriptions.jsonl", [{"epoch": epoch, "prompt": drawn[i], "score": scores[i], **{name: shown[name][i] for name in shown}}
+                                                  for i in range(0, len(drawn), -(-len(drawn) // 8)) if shown])
     clock.append(time.time())
-    scores = checked(reward, images, drawn)
-    clock.append(time.time())
-    trajectories.rewards = torch.from_numpy(scores).float().to(policy.device)
-    trajectories.advantages = ddpo.normalize_advantages(trajectories.rewards, *statistics.update(drawn, trajectories.rewards))
-    metrics = train_epoch(policy, optimizer, trajectories, epoch)
+    trajectories.rewards = torch.from_numpy(scores).float().to(run.policy.device)
+    trajectories.advantages = ddpo.normalize_advantages(trajectories.rewards, *run.statistics.update(drawn, trajectories.rewards))
+    metrics = train_epoch(run, trajectories, epoch)
     seconds = zip(("seconds_sampling", "seconds_reward", "seconds_training"), np.diff([*clock, time.time()]).round(3).tolist())
-    return {"reward_mean": scores.mean(), "reward_std": scores.std(), **metrics, **dict(seconds)}
+    return {"reward_mean": scores.mean(), "reward_std": scores.std(), "diversity": run.diversity(images, drawn), **metrics, **dict(seconds)}
 
 
 def report(epoch, queries, metrics):
@@ -387,7 +417,7 @@ def conclude(out, config):
 def main(argv=None):
     given = parse(argv)
     try:
-        run(given)
+        loop(prepare(given))
     except (ValueError, OSError) as error:
         if given.get("debug"):
             raise

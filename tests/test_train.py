@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
+from rewards import compressibility
 
 TINY = ["--reward", "compressibility", "--model", "zoo", "--device", "cpu", "--epochs", "2", "--samples-per-epoch", "4", "--samples-per-prompt", "2",
         "--batch-size", "2", "--steps", "3", "--eval-samples", "4", "--eval-every", "1", "--checkpoint-every", "1", "--micro-batch", "4",
@@ -57,7 +58,7 @@ def test_recorded_rewards_are_those_of_the_recorded_pictures(whole_run):
     record = json.loads((whole_run / "samples" / "epoch_0000.json").read_text())
     grid = np.asarray(Image.open(whole_run / "samples" / "epoch_0000.png"))
     tiles = [grid[y:y + 64, x:x + 64] for y in (0, 64) for x in (0, 64)]
-    assert record["rewards"] == pytest.approx(train.REWARDS["compressibility"](np.stack(tiles), record["prompts"]).tolist())
+    assert record["rewards"] == pytest.approx(compressibility(np.stack(tiles), record["prompts"]).tolist())
     assert metrics(whole_run)[0]["eval_reward_mean"] == pytest.approx(np.mean(record["rewards"]))
 
 

@@ -16,13 +16,12 @@ from rewards import COMMON_ANIMALS, IMAGENET_ANIMALS
 
 @pytest.fixture(scope="module")
 def policy():
-    config = train.resolve({"model": "zoo", "sample_batch": 45}, train.ZOO)
-    return train.Policy(train.ZOO, torch.device("cpu"), config)
+    return train.load_policy(train.ZOO, torch.device("cpu"), train.resolve({"model": "zoo"}, train.ZOO))
 
 
 @pytest.fixture(scope="module")
 def animals(policy):
-    return policy.sample(COMMON_ANIMALS, train.EVALUATION, "sampling")[1]
+    return policy.sample(COMMON_ANIMALS, [(0, train.EVALUATION, i) for i in range(45)], 45)[1]
 
 
 def test_images_equal_those_of_diffusers_pipeline(policy, zoo):

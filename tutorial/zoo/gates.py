@@ -31,9 +31,9 @@ def gate(name, figure, needed, at_least=True, unit="%"):
 def default_samples():
     """PER_ANIMAL pictures of each of the 45 animals at the zoo's default settings -> uint8 (B, 64, 64, 3), prompts."""
     config = train.resolve({"model": "zoo", "sample_batch": 60, "seed": 100}, train.ZOO)
-    policy = train.Policy(train.ZOO, train.choose_device("cpu"), config)
+    policy = train.load_policy(train.ZOO, train.choose_device("cpu"), config)
     prompts = COMMON_ANIMALS * PER_ANIMAL
-    return policy.sample(prompts, train.EVALUATION, "sampling")[1], prompts
+    return train.draw(policy, config, prompts, train.EVALUATION, "sampling")[1], prompts
 
 
 def main():

@@ -71,6 +71,13 @@ def subject(prompt):
     return words[0] if words else None
 
 
+def judged_right(images, prompts):
+    """1 where the judge sees the thing that the prompt asks for and, if it names one, the ground's colour; else 0. Has the form of a reward -> (B,)."""
+    asked = [next((word for word in prompt.split() if word in data.COLOURS), None) for prompt in prompts]
+    things, grounds = name(load_judge(), images), ground_colour(images)
+    return np.array([float(thing == subject(prompt) and colour in (None, ground)) for thing, prompt, colour, ground in zip(things, prompts, asked, grounds)])
+
+
 def accuracy(judge, images, prompts):
     """The share of pictures that show, in the judge's eyes, the thing their prompt asks for."""
     return float(np.mean([seen == subject(prompt) for seen, prompt in zip(name(judge, images), prompts)]))

@@ -36,9 +36,9 @@ def nothing(rng):
     return np.concatenate([first[:, :data.SIZE // 2], second[:, :data.SIZE // 2]], axis=1)
 
 
-def composite(rng, name):
-    """A composite, a little off its place, sometimes a little blurred or noisy: a diffusion model's samples are."""
-    pixels = data.compose(rng, ART, name, str(rng.choice(list(data.COLOURS)))).pixels
+def composite(rng, name, colour):
+    """A composite, a little off its place, sometimes a little blurred or noisy: a diffusion model's samples are -> uint8 (64, 64, 3)."""
+    pixels = data.compose(rng, ART, name, colour).pixels
     y, x = rng.integers(9, size=2)
     pixels = np.pad(pixels, ((4, 4), (4, 4), (0, 0)), mode="edge")[y:y + data.SIZE, x:x + data.SIZE]
     if rng.random() < 0.4:
@@ -50,7 +50,7 @@ def composite(rng, name):
 
 def batch(rng, n):
     labels = np.where(rng.random(n) < 0.15, len(data.NAMES), rng.integers(len(data.NAMES), size=n))
-    pictures = [nothing(rng) if label == len(data.NAMES) else composite(rng, judge_module.LABELS[label]) for label in labels]
+    pictures = [nothing(rng) if label == len(data.NAMES) else composite(rng, judge_module.LABELS[label], str(rng.choice(list(data.COLOURS)))) for label in labels]
     return np.stack(pictures), torch.as_tensor(labels)
 
 

@@ -59,23 +59,11 @@ def cached_latents(vae):
     return load_file(path)["latents"], json.loads(path.with_suffix(".json").read_text())
 
 
-@torch.no_grad()
-def embed(captions):
-    """The text encoder's last hidden states: list of str -> (len(captions), 16, 128)."""
+def policy_of(unet):
+    """The UNet with the other parts of its folder -> ddpo.Policy, at T = 20, eta = 1, w = 3."""
     tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(FOLDER / "text_encoder", dtype=torch.float32)
-    tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-    return encoder(tokens.input_ids).last_hidden_state
-
-
-def sample_images(unet, vae, scheduler, prompts, w, seed=0, T=20, eta=1.0):
-    """Draw one picture a prompt, as train.py does -> uint8 (B, 64, 64, 3)."""
-    cond, uncond = embed(prompts), embed([""])
-    noise = torch.stack([ddpo.named_noise((4, 8, 8), T + 1, seed, i) for i in range(len(prompts))])
-    with torch.no_grad():
-        latents = ddpo.sample(unet, scheduler, cond, uncond, noise, T, eta, w).latents[:, -1]
-        images = vae.decode(latents)
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    encoder = CLIPTextModel.from_pretrained(FOLDER / "text_encoder", dtype=torch.float32).eval()
+    return ddpo.Policy(unet, load(VAE, FOLDER / "vae"), Scheduler.from_config(SCHEDULE), tokenizer, encoder, torch.device("cpu"), 20, 1.0, 3.0)
 
 
 def main():
@@ -89,7 +77,7 @@ def main():
     print(f"{len(latents)} latents, std {latents.std():.3f}")
     distinct = sorted(set(captions) | {""})
     place = {caption: i for i, caption in enumerate(distinct)}
-    embeds, index = embed(distinct), torch.tensor([place[caption] for caption in captions])
+    embeds, index = policy_of(None).embed(distinct), torch.tensor([place[caption] for caption in captions])
     snr = scheduler.alphas_bar / (1 - scheduler.alphas_bar)
     weights = snr.clamp(max=5) / snr
 
@@ -101,8 +89,7 @@ def main():
         return (expand(weights[t], eps) * (eps - noise) ** 2).mean()
 
     def look(net, step):
-        vae = load(VAE, FOLDER / "vae")                     # anew each time: the decoder may still be in training
-        images = sample_images(net, vae, scheduler, COMMON_ANIMALS, w=3.0)
+        images = policy_of(net).sample(COMMON_ANIMALS, [(0, i) for i in range(45)], 45)[1]
         rows = [np.concatenate(list(images[i:i + 15]), axis=1) for i in range(0, 45, 15)]
         Image.fromarray(np.concatenate(rows)).save(data.CACHE / "unet.png")
         if judge_module.FOLDER.is_dir():
