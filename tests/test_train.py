@@ -190,3 +190,74 @@ def test_paper_defaults_are_table_d5():
     config = train.resolve({}, train.Path("nowhere"))
     assert (config.steps, config.guidance, config.eta, config.samples_per_epoch, config.batch_size) == (50, 5.0, 1.0, 256, 64)
     assert (config.lr, config.weight_decay, config.max_grad_norm, config.clip_range) == (1e-5, 1e-4, 1.0, 1e-4)
+
+
+def test_the_reward_of_a_server_is_taken_beside_sampling_and_shown(server, minilm, tmp_path):
+    """With --vlm-url each batch goes to the server as soon as it is drawn; scores and descriptions keep the pictures' order."""
+    arguments = [*TINY, "--reward", "alignment", "--vlm-url", server.url, "--bert", minilm, "--bert-layer", "5", "--sample-batch", "2", "--prompts", "common-animals"]
+    train.main([*arguments, "--out", str(tmp_path / "run")])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "descriptions.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0] * 4 + [1] * 4
+    assert {line["description"] for line in lines} == {"64 pixels of JPEG"}
+    score = train.make_reward("alignment", train.Config(vlm_url=server.url, bert=minilm, bert_layer=5), "cpu")
+    expected = score(np.zeros((4, 64, 64, 3), np.uint8), [line["prompt"] for line in lines[:4]])[0]
+    assert [line["score"] for line in lines[:4]] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert metrics(tmp_path / "run")[0]["reward_mean"] == pytest.approx(expected.mean(), abs=1e-5)
+
+
+def test_a_server_that_stays_away_stops_the_run_and_leaves_the_checkpoint(server, minilm, tmp_path, monkeypatch):
+    arguments = [*TINY, "--reward", "alignment", "--vlm-url", server.url, "--bert", minilm, "--bert-layer", "5", "--out", str(tmp_path)]
+    real = train.train_epoch
+
+    def dying(run, trajectories, epoch):
+        server.then = 500 if epoch == 1 else "well"
+        return real(run, trajectories, epoch)
+
+    monkeypatch.setattr(train, "train_epoch", dying)            # the server dies between the second epoch's update and its evaluation
+    with pytest.raises(SystemExit, match="HTTP 500"):
+        train.main(arguments)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000001"]
+    server.then = "well"
+    monkeypatch.undo()
+    train.main(["--out", str(tmp_path), "--resume"])
+    assert [line["epoch"] for line in metrics(tmp_path)] == [0, 1]
+    assert len((tmp_path / "descriptions.jsonl").read_text().splitlines()) == 8
+
+
+def test_every_run_watches_the_other_rewards_and_the_diversity(whole_run):
+    line = metrics(whole_run)[0]
+    record = json.loads((whole_run / "samples" / "epoch_0000.json").read_text())
+    for name in ("truth", "judged_right"):
+        assert line[f"eval_{name}_mean"] == pytest.approx(np.mean(record[name])) and len(record[name]) == 4
+    assert 0 < line["diversity"] < 1 and 0 < line["eval_diversity"] < 1
+    assert record["prompts"][:2] == record["prompts"][2:]
+
+
+def test_a_users_own_function_is_trained_on(tmp_path):
+    (tmp_path / "mine.py").write_text("def redness(images, prompts):\n    return images[..., 0].mean((1, 2)) - images[..., 1:].mean((1, 2, 3))\n")
+    train.main([*TINY, "--reward", f"{tmp_path}/mine.py:redness", "--epochs", "1", "--out", str(tmp_path / "run")])
+    assert np.isfinite(metrics(tmp_path / "run")[0]["eval_reward_mean"])
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--model", "CompVis/stable-diffusion-v1-4"], "--model CompVis/stable-diffusion-v1-4.*hf download CompVis"),
+    (["--clip", "openai/clip-vit-large-patch14"], "--clip openai/clip.*hf download openai"),
+    (["--aesthetic-head", "trl-lib/ddpo-aesthetic-predictor"], "--aesthetic-head trl-lib.*hf download trl-lib"),
+    (["--reward", "alignment", "--vlm", "llava-hf/llava-1.5-7b-hf"], "--vlm llava-hf.*hf download llava-hf"),
+    (["--reward", "alignment", "--bert", "microsoft/deberta-xlarge-mnli"], "--bert microsoft.*hf download microsoft"),
+    (["--reward", "aestetic"], "--reward aestetic: neither one of compressibility"),
+    (["--metrics", "compressibility,nowhere.py:f"], "nowhere.py:f"),
+    (["--reward-device", "tpu9"], "--reward-device tpu9"),
+])
+def test_what_is_missing_offline_is_named_with_the_way_to_get_it(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=words) as end:
+        train.main([*TINY, "--reward", "aesthetic", *arguments])
+    assert "\n" not in str(end.value) and not list(tmp_path.iterdir())
+
+
+def test_a_models_settings_may_run_no_code_of_their_own(tmp_path):
+    for spec in ("../evil.py:f", "evil.py:f", "/tmp/evil.py:f", "compressibility,../../evil.py:f"):
+        (tmp_path / "ddpo.json").write_text(json.dumps({"all": {"metrics": spec}}))
+        with pytest.raises(ValueError, match="may run no code"):
+            train.resolve({}, tmp_path)
