@@ -1,7 +1,7 @@
-"""Rewards r(x_0, c), the prompts they are earned on, and the figures to watch beside them. Sec. 5 of the paper; App. D for the details.
+"""Rewards r(x_0, c), the prompts they are earned on, and what to watch beside them. Sec. 5 of the paper; App. D for the details.
 
 A reward is any function  (images: uint8 numpy (B, H, W, 3), prompts: list of B str) -> scores (B,), or -> (scores, {name: list of B}) where
-it has something to show. It is never differentiated, so it may be anything: the size of a file, a regression on CLIP's embeddings, the
+it has something to show. It must score each picture by itself, for pictures come in batches. It is never differentiated, so it may be anything: the size of a file, a regression on CLIP's embeddings, the
 agreement of a vision-language model's description with the prompt, or a function of your own:
 
     # mine.py                                               python train.py --reward mine.py:redness
@@ -17,7 +17,7 @@ import importlib.util
 import io
 import json
 import os
-import time
+import threading
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -58,7 +57,12 @@ def loading(flag, name, cls, folder, **options):
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        return cls.from_pretrained(folder, local_files_only=True, **options)
+        if "dtype" not in options:                      # a tokenizer or a processor
+            return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        net, found = cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options)
+        if lost := [key for key in found["missing_keys"] if "pooler" not in key]:      # transformers would fill them with random numbers
+            raise ValueError(f"its weights lack {len(lost)} tensors, such as {lost[0]}")
+        return net.eval()
     except Exception as error:
         raise ValueError(f"{flag} {name}: no {cls.__name__} in it ({type(error).__name__}: {' '.join(str(error).split())[:160]})") from None
 
@@ -70,7 +74,7 @@ class ClipEmbedder:
         from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
         folder = locate(name, "--clip", ["config.json", "preprocessor_config.json", "model.safetensors"])
         self.processor = loading("--clip", name, CLIPImageProcessor, folder)
-        self.model = loading("--clip", name, CLIPVisionModelWithProjection, folder, dtype=torch.float32).to(device).eval()
+        self.model = loading("--clip", name, CLIPVisionModelWithProjection, folder, dtype=torch.float32).to(device)
 
     @torch.no_grad()
     def __call__(self, images):
@@ -125,15 +129,15 @@ def diversity(embeds, prompts):
 
 
 class Llava:
-    """A LLaVA (transformers) that answers a question about each picture. images uint8 (B, H, W, 3) -> list of B str, not empty if it can help it."""
+    """A LLaVA (transformers) that answers a question about each picture, in two tokens or more. images uint8 (B, H, W, 3) -> list of B str."""
 
-    def __init__(self, name, device, batch=32):
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
+    def __init__(self, name, device, batch=16):
+        from transformers import LlavaForConditionalGeneration, LlavaProcessor
         folder = locate(name, "--vlm", ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
-        self.processor = loading("--vlm", name, AutoProcessor, folder)
+        self.processor = loading("--vlm", name, LlavaProcessor, folder)
         self.processor.tokenizer.padding_side = "left"
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
-        self.model = loading("--vlm", name, LlavaForConditionalGeneration, folder, dtype=dtype).to(device).eval()
+        self.model = loading("--vlm", name, LlavaForConditionalGeneration, folder, dtype=dtype).to(device)
         self.batch = batch
 
     @torch.no_grad()
@@ -156,21 +160,24 @@ class ChatServer:
     """
     timeout, tries, concurrency, pause = 60, 5, 16, 1.0
 
-    def __init__(self, url, model=None):
-        self.url = url.rstrip("/")
-        self.model = model or self.ask("models", lambda reply: reply["data"][0]["id"])
+    def __init__(self, url, model):
+        self.url, self.over = url.rstrip("/"), threading.Event()
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"--vlm-url {url}: must begin with http:// or https://, such as http://localhost:8000/v1")
+        served = self.ask("models", lambda reply: [entry["id"] for entry in reply["data"]])
+        self.model = model if model in served or not served else served[0]          # some serve what they don't list
 
     def ask(self, path, read, body=None):
         """GET (or POST `body` to) url/path, and what `read` finds in the reply."""
-        key = os.environ.get("OPENAI_API_KEY")
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         for attempt in range(self.tries):
-            if attempt:
-                time.sleep(self.pause * 2 ** (attempt - 1))
+            if attempt and self.over.wait(self.pause * 2 ** (attempt - 1)):
+                break
             try:
                 request = urllib.request.Request(f"{self.url}/{path}", json.dumps(body).encode() if body else None, headers)
                 with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                    return read(json.loads(reply.read()))
+                    return read(json.loads(reply.read(2**20)))
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code} {' '.join(error.read(300).decode(errors='replace').split())}"
                 if error.code < 500 and error.code not in (408, 429):       # our fault: asking again won't help
@@ -187,10 +194,12 @@ class ChatServer:
 
     def __call__(self, images, question):
         pool = ThreadPoolExecutor(self.concurrency)
+        self.over.clear()
         try:
             return list(pool.map(lambda image: self.describe(image, question), images))
-        finally:
-            pool.shutdown(cancel_futures=True)          # one failure ends the batch: don't wait for the rest of the queue
+        finally:                                        # one failure ends the batch: don't wait for the rest of the queue
+            self.over.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def bert_score(candidates, references, candidate_weights, reference_weights, candidate_mask, reference_mask):
@@ -217,10 +226,10 @@ class BertScore:
         from transformers import AutoModel, AutoTokenizer
         folder = locate(name, "--bert", ["*.json", "*.txt", "*.safetensors", "*.bin", "*.model"])
         self.tokenizer = loading("--bert", name, AutoTokenizer, folder)
-        self.model = loading("--bert", name, AutoModel, folder, dtype=torch.float32).to(device).eval()
-        self.layer = layer
-        if not 0 < layer <= self.model.config.num_hidden_layers:
-            raise ValueError(f"--bert-layer {layer}: {name} has layers 1 to {self.model.config.num_hidden_layers}")
+        self.model = loading("--bert", name, AutoModel, folder, dtype=torch.float32).to(device)
+        self.layer, layers = layer, getattr(self.model.config, "num_hidden_layers", 0)
+        if not 0 < layer <= layers:
+            raise ValueError(f"--bert-layer {layer}: {name} has layers 1 to {layers}")
 
     def embed(self, sentences):
         """-> embeddings (B, m, d) of length 1, weights (B, m), mask (B, m)."""
@@ -240,9 +249,17 @@ class BertScore:
         return torch.cat(parts, dim=1).numpy()
 
 
-@cache
-def clip_embedder(name, device):
-    return ClipEmbedder(name, device)
+clip_embedder = cache(ClipEmbedder)                     # shared by the aesthetic reward and the diversity
+
+
+def checked(reward, images, prompts):
+    """The rewards, one finite number a picture, and what the reward shows beside them; or ValueError -> float64 (B,), {name: list of B}."""
+    given = reward(images, prompts)
+    scores, shown = given if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], dict) else (given, {})
+    scores = np.asarray(scores.detach().cpu() if isinstance(scores, torch.Tensor) else scores, dtype=np.float64)
+    if scores.shape != (len(prompts),) or not np.isfinite(scores).all() or any(len(values) != len(prompts) for values in shown.values()):
+        raise ValueError(f"the reward {getattr(reward, '__name__', reward)} must give one finite number for each of {len(prompts)} pictures; it gave {scores}")
+    return scores, shown
 
 
 def make_reward(name, settings, device):
@@ -281,7 +298,9 @@ def make_aesthetic(settings, device):
 def make_alignment(settings, device):
     """Sec. 5.3: BERTScore's recall of the prompt in what a vision-language model says of the picture."""
     score = BertScore(settings.bert, settings.bert_layer, device)
-    vlm = ChatServer(settings.vlm_url) if settings.vlm_url else Llava(settings.vlm, device)
+    if "<image>" in settings.vlm_question:
+        raise ValueError(f"--vlm-question {settings.vlm_question!r}: leave <image> out, the picture goes in by itself")
+    vlm = ChatServer(settings.vlm_url, settings.vlm) if settings.vlm_url else Llava(settings.vlm, device)
     print(f"alignment: described by {f'{vlm.model} at {vlm.url}' if settings.vlm_url else settings.vlm}, scored by {settings.bert}, layer {settings.bert_layer}")
 
     def alignment(images, prompts):
@@ -303,62 +322,40 @@ ACTIVITIES = ["washing dishes", "riding a bike", "playing chess"]
 
 # The first 398 classes of ImageNet, all of them animals, for the two JPEG rewards.
 IMAGENET_ANIMALS = " ".join("""
-tench, Tinca tinca; goldfish, Carassius auratus; great white shark, white shark, man-eater, man-eating shark, Carcharodon carcharias; tiger shark, Galeocerdo cuvieri; hammerhead, hammerhead shark;
-electric ray, crampfish, numbfish, torpedo; stingray; cock; hen; ostrich, Struthio camelus; brambling, Fringilla montifringilla; goldfinch, Carduelis carduelis; house finch, linnet, Carpodacus
-mexicanus; junco, snowbird; indigo bunting, indigo finch, indigo bird, Passerina cyanea; robin, American robin, Turdus migratorius; bulbul; jay; magpie; chickadee; water ouzel, dipper; kite; bald
-eagle, American eagle, Haliaeetus leucocephalus; vulture; great grey owl, great gray owl, Strix nebulosa; European fire salamander, Salamandra salamandra; common newt, Triturus vulgaris; eft; spotted
-salamander, Ambystoma maculatum; axolotl, mud puppy, Ambystoma mexicanum; bullfrog, Rana catesbeiana; tree frog, tree-frog; tailed frog, bell toad, ribbed toad, tailed toad, Ascaphus trui; loggerhead,
-loggerhead turtle, Caretta caretta; leatherback turtle, leatherback, leathery turtle, Dermochelys coriacea; mud turtle; terrapin; box turtle, box tortoise; banded gecko; common iguana, iguana, Iguana
-iguana; American chameleon, anole, Anolis carolinensis; whiptail, whiptail lizard; agama; frilled lizard, Chlamydosaurus kingi; alligator lizard; Gila monster, Heloderma suspectum; green lizard,
-Lacerta viridis; African chameleon, Chamaeleo chamaeleon; Komodo dragon, Komodo lizard, dragon lizard, giant lizard, Varanus komodoensis; African crocodile, Nile crocodile, Crocodylus niloticus;
-American alligator, Alligator mississipiensis; triceratops; thunder snake, worm snake, Carphophis amoenus; ringneck snake, ring-necked snake, ring snake; hognose snake, puff adder, sand viper; green
-snake, grass snake; king snake, kingsnake; garter snake, grass snake; water snake; vine snake; night snake, Hypsiglena torquata; boa constrictor, Constrictor constrictor; rock python, rock snake,
-Python sebae; Indian cobra, Naja naja; green mamba; sea snake; horned viper, cerastes, sand viper, horned asp, Cerastes cornutus; diamondback, diamondback rattlesnake, Crotalus adamanteus; sidewinder,
-horned rattlesnake, Crotalus cerastes; trilobite; harvestman, daddy longlegs, Phalangium opilio; scorpion; black and gold garden spider, Argiope aurantia; barn spider, Araneus cavaticus; garden
-spider, Aranea diademata; black widow, Latrodectus mactans; tarantula; wolf spider, hunting spider; tick; centipede; black grouse; ptarmigan; ruffed grouse, partridge, Bonasa umbellus; prairie
-chicken, prairie grouse, prairie fowl; peacock; quail; partridge; African grey, African gray, Psittacus erithacus; macaw; sulphur-crested cockatoo, Kakatoe galerita, Cacatua galerita; lorikeet;
-coucal; bee eater; hornbill; hummingbird; jacamar; toucan; drake; red-breasted merganser, Mergus serrator; goose; black swan, Cygnus atratus; tusker; echidna, spiny anteater, anteater; platypus,
-duckbill, duckbilled platypus, duck-billed platypus, Ornithorhynchus anatinus; wallaby, brush kangaroo; koala, koala bear, kangaroo bear, native bear, Phascolarctos cinereus; wombat; jellyfish; sea
-anemone, anemone; brain coral; flatworm, platyhelminth; nematode, nematode worm, roundworm; conch; snail; slug; sea slug, nudibranch; chiton, coat-of-mail shell, sea cradle, polyplacophore; chambered
-nautilus, pearly nautilus, nautilus; Dungeness crab, Cancer magister; rock crab, Cancer irroratus; fiddler crab; king crab, Alaska crab, Alaskan king crab, Alaska king crab, Paralithodes camtschatica;
-American lobster, Northern lobster, Maine lobster, Homarus americanus; spiny lobster, langouste, rock lobster, crawfish, crayfish, sea crawfish; crayfish, crawfish, crawdad, crawdaddy; hermit crab;
-isopod; white stork, Ciconia ciconia; black stork, Ciconia nigra; spoonbill; flamingo; little blue heron, Egretta caerulea; American egret, great white heron, Egretta albus; bittern; crane; limpkin,
-Aramus pictus; European gallinule, Porphyrio porphyrio; American coot, marsh hen, mud hen, water hen, Fulica americana; bustard; ruddy turnstone, Arenaria interpres; red-backed sandpiper, dunlin,
-Erolia alpina; redshank, Tringa totanus; dowitcher; oystercatcher, oyster catcher; pelican; king penguin, Aptenodytes patagonica; albatross, mollymawk; grey whale, gray whale, devilfish, Eschrichtius
-gibbosus, Eschrichtius robustus; killer whale, killer, orca, grampus, sea wolf, Orcinus orca; dugong, Dugong dugon; sea lion; Chihuahua; Japanese spaniel; Maltese dog, Maltese terrier, Maltese;
-Pekinese, Pekingese, Peke; Shih-Tzu; Blenheim spaniel; papillon; toy terrier; Rhodesian ridgeback; Afghan hound, Afghan; basset, basset hound; beagle; bloodhound, sleuthhound; bluetick; black-and-tan
-coonhound; Walker hound, Walker foxhound; English foxhound; redbone; borzoi, Russian wolfhound; Irish wolfhound; Italian greyhound; whippet; Ibizan hound, Ibizan Podenco; Norwegian elkhound, elkhound;
-otterhound, otter hound; Saluki, gazelle hound; Scottish deerhound, deerhound; Weimaraner; Staffordshire bullterrier, Staffordshire bull terrier; American Staffordshire terrier, Staffordshire terrier,
-American pit bull terrier, pit bull terrier; Bedlington terrier; Border terrier; Kerry blue terrier; Irish terrier; Norfolk terrier; Norwich terrier; Yorkshire terrier; wire-haired fox terrier;
-Lakeland terrier; Sealyham terrier, Sealyham; Airedale, Airedale terrier; cairn, cairn terrier; Australian terrier; Dandie Dinmont, Dandie Dinmont terrier; Boston bull, Boston terrier; miniature
-schnauzer; giant schnauzer; standard schnauzer; Scotch terrier, Scottish terrier, Scottie; Tibetan terrier, chrysanthemum dog; silky terrier, Sydney silky; soft-coated wheaten terrier; West Highland
-white terrier; Lhasa, Lhasa apso; flat-coated retriever; curly-coated retriever; golden retriever; Labrador retriever; Chesapeake Bay retriever; German short-haired pointer; vizsla, Hungarian pointer;
-English setter; Irish setter, red setter; Gordon setter; Brittany spaniel; clumber, clumber spaniel; English springer, English springer spaniel; Welsh springer spaniel; cocker spaniel, English cocker
-spaniel, cocker; Sussex spaniel; Irish water spaniel; kuvasz; schipperke; groenendael; malinois; briard; kelpie; komondor; Old English sheepdog, bobtail; Shetland sheepdog, Shetland sheep dog,
-Shetland; collie; Border collie; Bouvier des Flandres, Bouviers des Flandres; Rottweiler; German shepherd, German shepherd dog, German police dog, alsatian; Doberman, Doberman pinscher; miniature
-pinscher; Greater Swiss Mountain dog; Bernese mountain dog; Appenzeller; EntleBucher; boxer; bull mastiff; Tibetan mastiff; French bulldog; Great Dane; Saint Bernard, St Bernard; Eskimo dog, husky;
-malamute, malemute, Alaskan malamute; Siberian husky; dalmatian, coach dog, carriage dog; affenpinscher, monkey pinscher, monkey dog; basenji; pug, pug-dog; Leonberg; Newfoundland, Newfoundland dog;
-Great Pyrenees; Samoyed, Samoyede; Pomeranian; chow, chow chow; keeshond; Brabancon griffon; Pembroke, Pembroke Welsh corgi; Cardigan, Cardigan Welsh corgi; toy poodle; miniature poodle; standard
-poodle; Mexican hairless; timber wolf, grey wolf, gray wolf, Canis lupus; white wolf, Arctic wolf, Canis lupus tundrarum; red wolf, maned wolf, Canis rufus, Canis niger; coyote, prairie wolf, brush
-wolf, Canis latrans; dingo, warrigal, warragal, Canis dingo; dhole, Cuon alpinus; African hunting dog, hyena dog, Cape hunting dog, Lycaon pictus; hyena, hyaena; red fox, Vulpes vulpes; kit fox,
-Vulpes macrotis; Arctic fox, white fox, Alopex lagopus; grey fox, gray fox, Urocyon cinereoargenteus; tabby, tabby cat; tiger cat; Persian cat; Siamese cat, Siamese; Egyptian cat; cougar, puma,
-catamount, mountain lion, painter, panther, Felis concolor; lynx, catamount; leopard, Panthera pardus; snow leopard, ounce, Panthera uncia; jaguar, panther, Panthera onca, Felis onca; lion, king of
-beasts, Panthera leo; tiger, Panthera tigris; cheetah, chetah, Acinonyx jubatus; brown bear, bruin, Ursus arctos; American black bear, black bear, Ursus americanus, Euarctos americanus; ice bear,
-polar bear, Ursus Maritimus, Thalarctos maritimus; sloth bear, Melursus ursinus, Ursus ursinus; mongoose; meerkat, mierkat; tiger beetle; ladybug, ladybeetle, lady beetle, ladybird, ladybird beetle;
-ground beetle, carabid beetle; long-horned beetle, longicorn, longicorn beetle; leaf beetle, chrysomelid; dung beetle; rhinoceros beetle; weevil; fly; bee; ant, emmet, pismire; grasshopper, hopper;
-cricket; walking stick, walkingstick, stick insect; cockroach, roach; mantis, mantid; cicada, cicala; leafhopper; lacewing, lacewing fly; dragonfly, darning needle, devil's darning needle, sewing
-needle, snake feeder, snake doctor, mosquito hawk, skeeter hawk; damselfly; admiral; ringlet, ringlet butterfly; monarch, monarch butterfly, milkweed butterfly, Danaus plexippus; cabbage butterfly;
-sulphur butterfly, sulfur butterfly; lycaenid, lycaenid butterfly; starfish, sea star; sea urchin; sea cucumber, holothurian; wood rabbit, cottontail, cottontail rabbit; hare; Angora, Angora rabbit;
-hamster; porcupine, hedgehog; fox squirrel, eastern fox squirrel, Sciurus niger; marmot; beaver; guinea pig, Cavia cobaya; sorrel; zebra; hog, pig, grunter, squealer, Sus scrofa; wild boar, boar, Sus
-scrofa; warthog; hippopotamus, hippo, river horse, Hippopotamus amphibius; ox; water buffalo, water ox, Asiatic buffalo, Bubalus bubalis; bison; ram, tup; bighorn, bighorn sheep, cimarron, Rocky
-Mountain bighorn, Rocky Mountain sheep, Ovis canadensis; ibex, Capra ibex; hartebeest; impala, Aepyceros melampus; gazelle; Arabian camel, dromedary, Camelus dromedarius; llama; weasel; mink; polecat,
-fitch, foulmart, foumart, Mustela putorius; black-footed ferret, ferret, Mustela nigripes; otter; skunk, polecat, wood pussy; badger; armadillo; three-toed sloth, ai, Bradypus tridactylus; orangutan,
-orang, orangutang, Pongo pygmaeus; gorilla, Gorilla gorilla; chimpanzee, chimp, Pan troglodytes; gibbon, Hylobates lar; siamang, Hylobates syndactylus, Symphalangus syndactylus; guenon, guenon monkey;
-patas, hussar monkey, Erythrocebus patas; baboon; macaque; langur; colobus, colobus monkey; proboscis monkey, Nasalis larvatus; marmoset; capuchin, ringtail, Cebus capucinus; howler monkey, howler;
-titi, titi monkey; spider monkey, Ateles geoffroyi; squirrel monkey, Saimiri sciureus; Madagascar cat, ring-tailed lemur, Lemur catta; indri, indris, Indri indri, Indri brevicaudatus; Indian elephant,
-Elephas maximus; African elephant, Loxodonta africana; lesser panda, red panda, panda, bear cat, cat bear, Ailurus fulgens; giant panda, panda, panda bear, coon bear, Ailuropoda melanoleuca;
-barracouta, snoek; eel; coho, cohoe, coho salmon, blue jack, silver salmon, Oncorhynchus kisutch; rock beauty, Holocanthus tricolor; anemone fish; sturgeon; gar, garfish, garpike, billfish,
-Lepisosteus osseus; lionfish; puffer, pufferfish, blowfish, globefish
+tench, Tinca tinca; goldfish, Carassius auratus; great white shark, white shark, man-eater, man-eating shark, Carcharodon carcharias; tiger shark, Galeocerdo cuvieri; hammerhead, hammerhead shark; electric ray, crampfish, numbfish, torpedo; stingray; cock; hen; ostrich, Struthio camelus; brambling, Fringilla montifringilla;
+goldfinch, Carduelis carduelis; house finch, linnet, Carpodacus mexicanus; junco, snowbird; indigo bunting, indigo finch, indigo bird, Passerina cyanea; robin, American robin, Turdus migratorius; bulbul; jay; magpie; chickadee; water ouzel, dipper; kite; bald eagle, American eagle, Haliaeetus leucocephalus; vulture; great grey
+owl, great gray owl, Strix nebulosa; European fire salamander, Salamandra salamandra; common newt, Triturus vulgaris; eft; spotted salamander, Ambystoma maculatum; axolotl, mud puppy, Ambystoma mexicanum; bullfrog, Rana catesbeiana; tree frog, tree-frog; tailed frog, bell toad, ribbed toad, tailed toad, Ascaphus trui;
+loggerhead, loggerhead turtle, Caretta caretta; leatherback turtle, leatherback, leathery turtle, Dermochelys coriacea; mud turtle; terrapin; box turtle, box tortoise; banded gecko; common iguana, iguana, Iguana iguana; American chameleon, anole, Anolis carolinensis; whiptail, whiptail lizard; agama; frilled lizard,
+Chlamydosaurus kingi; alligator lizard; Gila monster, Heloderma suspectum; green lizard, Lacerta viridis; African chameleon, Chamaeleo chamaeleon; Komodo dragon, Komodo lizard, dragon lizard, giant lizard, Varanus komodoensis; African crocodile, Nile crocodile, Crocodylus niloticus; American alligator, Alligator mississipiensis;
+triceratops; thunder snake, worm snake, Carphophis amoenus; ringneck snake, ring-necked snake, ring snake; hognose snake, puff adder, sand viper; green snake, grass snake; king snake, kingsnake; garter snake, grass snake; water snake; vine snake; night snake, Hypsiglena torquata; boa constrictor, Constrictor constrictor; rock
+python, rock snake, Python sebae; Indian cobra, Naja naja; green mamba; sea snake; horned viper, cerastes, sand viper, horned asp, Cerastes cornutus; diamondback, diamondback rattlesnake, Crotalus adamanteus; sidewinder, horned rattlesnake, Crotalus cerastes; trilobite; harvestman, daddy longlegs, Phalangium opilio; scorpion;
+black and gold garden spider, Argiope aurantia; barn spider, Araneus cavaticus; garden spider, Aranea diademata; black widow, Latrodectus mactans; tarantula; wolf spider, hunting spider; tick; centipede; black grouse; ptarmigan; ruffed grouse, partridge, Bonasa umbellus; prairie chicken, prairie grouse, prairie fowl; peacock;
+quail; partridge; African grey, African gray, Psittacus erithacus; macaw; sulphur-crested cockatoo, Kakatoe galerita, Cacatua galerita; lorikeet; coucal; bee eater; hornbill; hummingbird; jacamar; toucan; drake; red-breasted merganser, Mergus serrator; goose; black swan, Cygnus atratus; tusker; echidna, spiny anteater, anteater;
+platypus, duckbill, duckbilled platypus, duck-billed platypus, Ornithorhynchus anatinus; wallaby, brush kangaroo; koala, koala bear, kangaroo bear, native bear, Phascolarctos cinereus; wombat; jellyfish; sea anemone, anemone; brain coral; flatworm, platyhelminth; nematode, nematode worm, roundworm; conch; snail; slug; sea slug,
+nudibranch; chiton, coat-of-mail shell, sea cradle, polyplacophore; chambered nautilus, pearly nautilus, nautilus; Dungeness crab, Cancer magister; rock crab, Cancer irroratus; fiddler crab; king crab, Alaska crab, Alaskan king crab, Alaska king crab, Paralithodes camtschatica; American lobster, Northern lobster, Maine lobster,
+Homarus americanus; spiny lobster, langouste, rock lobster, crawfish, crayfish, sea crawfish; crayfish, crawfish, crawdad, crawdaddy; hermit crab; isopod; white stork, Ciconia ciconia; black stork, Ciconia nigra; spoonbill; flamingo; little blue heron, Egretta caerulea; American egret, great white heron, Egretta albus; bittern;
+crane; limpkin, Aramus pictus; European gallinule, Porphyrio porphyrio; American coot, marsh hen, mud hen, water hen, Fulica americana; bustard; ruddy turnstone, Arenaria interpres; red-backed sandpiper, dunlin, Erolia alpina; redshank, Tringa totanus; dowitcher; oystercatcher, oyster catcher; pelican; king penguin, Aptenodytes
+patagonica; albatross, mollymawk; grey whale, gray whale, devilfish, Eschrichtius gibbosus, Eschrichtius robustus; killer whale, killer, orca, grampus, sea wolf, Orcinus orca; dugong, Dugong dugon; sea lion; Chihuahua; Japanese spaniel; Maltese dog, Maltese terrier, Maltese; Pekinese, Pekingese, Peke; Shih-Tzu; Blenheim spaniel;
+papillon; toy terrier; Rhodesian ridgeback; Afghan hound, Afghan; basset, basset hound; beagle; bloodhound, sleuthhound; bluetick; black-and-tan coonhound; Walker hound, Walker foxhound; English foxhound; redbone; borzoi, Russian wolfhound; Irish wolfhound; Italian greyhound; whippet; Ibizan hound, Ibizan Podenco; Norwegian
+elkhound, elkhound; otterhound, otter hound; Saluki, gazelle hound; Scottish deerhound, deerhound; Weimaraner; Staffordshire bullterrier, Staffordshire bull terrier; American Staffordshire terrier, Staffordshire terrier, American pit bull terrier, pit bull terrier; Bedlington terrier; Border terrier; Kerry blue terrier; Irish
+terrier; Norfolk terrier; Norwich terrier; Yorkshire terrier; wire-haired fox terrier; Lakeland terrier; Sealyham terrier, Sealyham; Airedale, Airedale terrier; cairn, cairn terrier; Australian terrier; Dandie Dinmont, Dandie Dinmont terrier; Boston bull, Boston terrier; miniature schnauzer; giant schnauzer; standard schnauzer;
+Scotch terrier, Scottish terrier, Scottie; Tibetan terrier, chrysanthemum dog; silky terrier, Sydney silky; soft-coated wheaten terrier; West Highland white terrier; Lhasa, Lhasa apso; flat-coated retriever; curly-coated retriever; golden retriever; Labrador retriever; Chesapeake Bay retriever; German short-haired pointer;
+vizsla, Hungarian pointer; English setter; Irish setter, red setter; Gordon setter; Brittany spaniel; clumber, clumber spaniel; English springer, English springer spaniel; Welsh springer spaniel; cocker spaniel, English cocker spaniel, cocker; Sussex spaniel; Irish water spaniel; kuvasz; schipperke; groenendael; malinois;
+briard; kelpie; komondor; Old English sheepdog, bobtail; Shetland sheepdog, Shetland sheep dog, Shetland; collie; Border collie; Bouvier des Flandres, Bouviers des Flandres; Rottweiler; German shepherd, German shepherd dog, German police dog, alsatian; Doberman, Doberman pinscher; miniature pinscher; Greater Swiss Mountain dog;
+Bernese mountain dog; Appenzeller; EntleBucher; boxer; bull mastiff; Tibetan mastiff; French bulldog; Great Dane; Saint Bernard, St Bernard; Eskimo dog, husky; malamute, malemute, Alaskan malamute; Siberian husky; dalmatian, coach dog, carriage dog; affenpinscher, monkey pinscher, monkey dog; basenji; pug, pug-dog; Leonberg;
+Newfoundland, Newfoundland dog; Great Pyrenees; Samoyed, Samoyede; Pomeranian; chow, chow chow; keeshond; Brabancon griffon; Pembroke, Pembroke Welsh corgi; Cardigan, Cardigan Welsh corgi; toy poodle; miniature poodle; standard poodle; Mexican hairless; timber wolf, grey wolf, gray wolf, Canis lupus; white wolf, Arctic wolf,
+Canis lupus tundrarum; red wolf, maned wolf, Canis rufus, Canis niger; coyote, prairie wolf, brush wolf, Canis latrans; dingo, warrigal, warragal, Canis dingo; dhole, Cuon alpinus; African hunting dog, hyena dog, Cape hunting dog, Lycaon pictus; hyena, hyaena; red fox, Vulpes vulpes; kit fox, Vulpes macrotis; Arctic fox, white
+fox, Alopex lagopus; grey fox, gray fox, Urocyon cinereoargenteus; tabby, tabby cat; tiger cat; Persian cat; Siamese cat, Siamese; Egyptian cat; cougar, puma, catamount, mountain lion, painter, panther, Felis concolor; lynx, catamount; leopard, Panthera pardus; snow leopard, ounce, Panthera uncia; jaguar, panther, Panthera onca,
+Felis onca; lion, king of beasts, Panthera leo; tiger, Panthera tigris; cheetah, chetah, Acinonyx jubatus; brown bear, bruin, Ursus arctos; American black bear, black bear, Ursus americanus, Euarctos americanus; ice bear, polar bear, Ursus Maritimus, Thalarctos maritimus; sloth bear, Melursus ursinus, Ursus ursinus; mongoose;
+meerkat, mierkat; tiger beetle; ladybug, ladybeetle, lady beetle, ladybird, ladybird beetle; ground beetle, carabid beetle; long-horned beetle, longicorn, longicorn beetle; leaf beetle, chrysomelid; dung beetle; rhinoceros beetle; weevil; fly; bee; ant, emmet, pismire; grasshopper, hopper; cricket; walking stick, walkingstick,
+stick insect; cockroach, roach; mantis, mantid; cicada, cicala; leafhopper; lacewing, lacewing fly; dragonfly, darning needle, devil's darning needle, sewing needle, snake feeder, snake doctor, mosquito hawk, skeeter hawk; damselfly; admiral; ringlet, ringlet butterfly; monarch, monarch butterfly, milkweed butterfly, Danaus
+plexippus; cabbage butterfly; sulphur butterfly, sulfur butterfly; lycaenid, lycaenid butterfly; starfish, sea star; sea urchin; sea cucumber, holothurian; wood rabbit, cottontail, cottontail rabbit; hare; Angora, Angora rabbit; hamster; porcupine, hedgehog; fox squirrel, eastern fox squirrel, Sciurus niger; marmot; beaver;
+guinea pig, Cavia cobaya; sorrel; zebra; hog, pig, grunter, squealer, Sus scrofa; wild boar, boar, Sus scrofa; warthog; hippopotamus, hippo, river horse, Hippopotamus amphibius; ox; water buffalo, water ox, Asiatic buffalo, Bubalus bubalis; bison; ram, tup; bighorn, bighorn sheep, cimarron, Rocky Mountain bighorn, Rocky Mountain
+sheep, Ovis canadensis; ibex, Capra ibex; hartebeest; impala, Aepyceros melampus; gazelle; Arabian camel, dromedary, Camelus dromedarius; llama; weasel; mink; polecat, fitch, foulmart, foumart, Mustela putorius; black-footed ferret, ferret, Mustela nigripes; otter; skunk, polecat, wood pussy; badger; armadillo; three-toed sloth,
+ai, Bradypus tridactylus; orangutan, orang, orangutang, Pongo pygmaeus; gorilla, Gorilla gorilla; chimpanzee, chimp, Pan troglodytes; gibbon, Hylobates lar; siamang, Hylobates syndactylus, Symphalangus syndactylus; guenon, guenon monkey; patas, hussar monkey, Erythrocebus patas; baboon; macaque; langur; colobus, colobus monkey;
+proboscis monkey, Nasalis larvatus; marmoset; capuchin, ringtail, Cebus capucinus; howler monkey, howler; titi, titi monkey; spider monkey, Ateles geoffroyi; squirrel monkey, Saimiri sciureus; Madagascar cat, ring-tailed lemur, Lemur catta; indri, indris, Indri indri, Indri brevicaudatus; Indian elephant, Elephas maximus;
+African elephant, Loxodonta africana; lesser panda, red panda, panda, bear cat, cat bear, Ailurus fulgens; giant panda, panda, panda bear, coon bear, Ailuropoda melanoleuca; barracouta, snoek; eel; coho, cohoe, coho salmon, blue jack, silver salmon, Oncorhynchus kisutch; rock beauty, Holocanthus tricolor; anemone fish; sturgeon;
+gar, garfish, garpike, billfish, Lepisosteus osseus; lionfish; puffer, pufferfish, blowfish, globefish
 """.split()).split("; ")
 
 

@@ -23,17 +23,15 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import ddpo
-from rewards import REWARDS, clip_embedder, diversity, draw_prompts, load_prompts, loading, make_reward, spread_prompts
+from rewards import REWARDS, checked, clip_embedder, diversity, draw_prompts, load_prompts, loading, make_reward, spread_prompts
 from scheduler import Scheduler
 from unet import VAE, UNet, load, locate, save
 
-TUTORIAL = Path(__file__).parent / "tutorial"
-ZOO = TUTORIAL / "zoo" / "stable-diffusion"
+ZOO = Path(__file__).parent / "tutorial" / "zoo" / "stable-diffusion"
 ALGORITHMS = {"ddpo-is": {"batch_size": 64}, "ddpo-sf": {"batch_size": 256}}           # Table D.5: what depends on the algorithm
 PROMPTS = {"aesthetic": "common-animals", "alignment": "animal-activities"}            # Sec. 6: and on the reward
 EVALUATION = 2**31                                  # stands for the epoch in the names of the fixed evaluation noises
@@ -57,6 +55,7 @@ class Config:
     eta: float = option(1.0, "DDIM's noise: 1 as DDPM, the paper's; 0 has no policy gradient")
     guidance: float = option(5.0, "guidance weight w (paper: 5.0)")
     lr: float = option(1e-5, "AdamW's learning rate (paper: 1e-5)")
+    warmup: int = option(0, "optimizer updates over which lr rises to its value: Adam's first steps are its wildest (paper: 0)")
     weight_decay: float = option(1e-4, "AdamW's weight decay (paper: 1e-4)")
     max_grad_norm: float = option(1.0, "gradient clipping (paper: 1.0)")
     clip_range: float = option(1e-4, "DDPO_IS: how far a ratio may leave 1 (paper: 1e-4, at 512 x 512)")
@@ -88,9 +87,7 @@ def parse(argv):
     """Command line -> the options given there, as {name: value}."""
     parser = argparse.ArgumentParser(description="Fine-tune Stable Diffusion by reinforcement learning (DDPO).", argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(Config):
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        if f.type is not bool and "choices" not in f.metadata:
-            kind["metavar"] = {int: "N", float: "X", str: "S"}[f.type]
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": None if "choices" in f.metadata else f.type.__name__}
         parser.add_argument("--" + f.name.replace("_", "-"), **f.metadata, **kind)
     return vars(parser.parse_args(argv))
 
@@ -99,10 +96,10 @@ def model_settings(folder):
     """The model's own ddpo.json: {"all": {...}, and by algorithm or reward}, checked -> dict of dicts; {} where there is none."""
     path, known = folder / "ddpo.json", ["all", *ALGORITHMS, *REWARDS]
     types = {f.name: (float, int) if f.type is float else (f.type,) for f in dataclasses.fields(Config)
-             if f.name not in ("reward", "algorithm", "model", "device", "out", "resume", "debug")}
+             if f.name not in ("reward", "algorithm", "model", "vlm_url", "reward_device", "seed", "device", "out", "resume", "debug")}
     try:
         own = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(own, dict) or not set(own) <= set(known) or not all(isinstance(part, dict) for part in own.values()):
         raise ValueError(f'{path}: needed is an object such as {{"all": {{"steps": 20}}}}, of sections {", ".join(known)}')
@@ -110,10 +107,9 @@ def model_settings(folder):
         if name not in types or type(value) not in types[name]:
             raise ValueError(f"{path} sets {name} = {value!r}: no setting of a model, or not of its type")
         if type(value) is str:                              # paths are relative to the model's folder
-            items = [str((folder / item).resolve()) if item.startswith("../") else item for item in value.split(",")]
-            if name == "metrics" and any(".py:" in item and TUTORIAL.resolve() not in Path(item).parents for item in items):
-                raise ValueError(f"{path} sets metrics = {value!r}: a model's settings may run no code but that of {TUTORIAL}")
-            part[name] = ",".join(items)
+            if ".py:" in value and folder.resolve() != ZOO.resolve():
+                raise ValueError(f"{path} sets {name} = {value!r}: a model's settings may run no code; give --{name} yourself")
+            part[name] = ",".join(str((folder / item).resolve()) if item.startswith("../") else item for item in value.split(","))
     return own
 
 
@@ -131,7 +127,7 @@ def resolve(given, folder):
         raise ValueError(f"--eta {config.eta:g}: must be above 0, for a step without noise has no policy gradient, and at most 1")
     for f in dataclasses.fields(Config):
         value = getattr(config, f.name)
-        least = {"seed": 0, "weight_decay": 0, "guidance": 0, "eval_samples": 2}.get(f.name, 1e-12)
+        least = {"seed": 0, "weight_decay": 0, "warmup": 0, "guidance": 0, "eval_samples": 2}.get(f.name, 1e-12)
         if f.type in (int, float) and not (math.isfinite(value) and value >= least):
             raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be finite and {f'at least {least}' if least != 1e-12 else 'above 0'}")
     if config.min_count > config.history_size:
@@ -177,16 +173,6 @@ def draw(policy, config, prompts, epoch, description, each=None):
         return policy.sample(prompts, names, config.sample_batch, bar.update, each)
 
 
-def checked(reward, images, prompts):
-    """The rewards, one finite number a picture, and what the reward shows beside them; or ValueError -> float64 (B,), {name: list of B}."""
-    given = reward(images, prompts)
-    scores, shown = given if isinstance(given, tuple) else (given, {})
-    scores = np.asarray(scores, dtype=np.float64)
-    if scores.shape != (len(prompts),) or not np.isfinite(scores).all():
-        raise ValueError(f"--reward {reward.__name__} must give one finite number for each of {len(prompts)} pictures; it gave {scores}")
-    return scores, shown
-
-
 @dataclass
 class Run:
     """All that a run holds."""
@@ -217,8 +203,8 @@ def evaluate(run, epoch):
     grid.save(run.out / "samples" / f"epoch_{epoch:04d}.png")
     record = {"epoch": epoch, "prompts": prompts, "rewards": scores["reward"].tolist(), **{name: scores[name].tolist() for name in run.watched}}
     write_whole(run.out / "samples" / f"epoch_{epoch:04d}.json", json.dumps(record, indent=1) + "\n")
-    return {"eval_queries": epoch * run.config.samples_per_epoch, **{f"eval_{name}_mean": s.mean() for name, s in scores.items()},
-            **{f"eval_{name}_std": s.std() for name, s in scores.items()}, "eval_diversity": run.diversity(images, prompts)}
+    return {"eval_queries": epoch * run.config.samples_per_epoch, "eval_diversity": run.diversity(images, prompts),
+            **{f"eval_{name}_{kind}": getattr(s, kind)() for name, s in scores.items() for kind in ("mean", "std")}}
 
 
 def train_epoch(run, trajectories, epoch):
@@ -227,7 +213,9 @@ def train_epoch(run, trajectories, epoch):
     order = torch.from_numpy(np.random.default_rng([c.seed, epoch, 1]).permutation(len(trajectories))).to(policy.device)
     total = -(-c.batch_size * c.steps // c.micro_batch) * (len(order) // c.batch_size)
     with tqdm(total=total, desc=f"epoch {epoch}: training", unit="pass", leave=False, disable=None) as bar:
-        for minibatch in order.split(c.batch_size):
+        for n, minibatch in enumerate(order.split(c.batch_size), start=epoch * (len(order) // c.batch_size)):
+            for group in run.optimizer.param_groups:
+                group["lr"] = c.lr * min(1, (n + 1) / (c.warmup + 1))
             metrics.append(ddpo.update(policy.unet, run.optimizer, policy.scheduler, trajectories, minibatch, policy.embed([""]),
                                        algorithm=c.algorithm, eta=c.eta, w=c.guidance, clip_range=c.clip_range, micro_batch=c.micro_batch,
                                        max_grad_norm=c.max_grad_norm, tick=bar.update))
@@ -266,7 +254,7 @@ def read_checkpoint(run):
         run.statistics.load_state_dict(rest["statistics"])
         print(f"resuming from {found[-1]}")
         return rest["epoch"]
-    except (SafetensorError, OSError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:                          # whatever a broken file may raise
         raise ValueError(f"{found[-1]} cannot be read ({error}); delete it to go on from the checkpoint before") from None
 
 
@@ -284,7 +272,7 @@ def read_lines(path, before=math.inf):
 
 def append_lines(path, lines):
     with open(path, "a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.writelines(json.dumps(line, default=str) + "\n" for line in lines)
 
 
 def draw_curve(out, config):
@@ -318,7 +306,10 @@ def resumed(given):
     if "out" not in given or not stored.is_file():
         raise ValueError(f"--resume needs --out: the folder of the run to go on with; there is no {stored}")
     before = json.loads(stored.read_text())
-    changed = [name for name in set(given) - {"out", "resume", "debug", "epochs", "device"} if before.get(name) != given[name]]
+    if not isinstance(before, dict) or not set(before) <= {f.name for f in dataclasses.fields(Config)}:
+        raise ValueError(f"{stored} was written by another version of train.py, or by another program")
+    free = {"out", "resume", "debug", "epochs", "device", "vlm_url", "reward_device"}
+    changed = [name for name in set(given) - free if before.get(name) != given[name]]
     if changed:
         raise ValueError(f"--resume goes on with the settings of {stored}: leave out --{changed[0].replace('_', '-')}")
     return {**before, **given}
@@ -335,17 +326,21 @@ def prepare(given):
     policy.scheduler.timesteps(config.steps)            # refuses an impossible T
     reward_device = choose_device(config.reward_device or str(device), "--reward-device")
     reward = make_reward(config.reward, config, reward_device)
-    watched = [make_reward(other, config, reward_device) for other in config.metrics.split(",") if other and other != config.reward]
+    names = [name.strip() for name in config.metrics.split(",") if name.strip() not in ("", config.reward)]
+    watched = {name.rpartition(":")[2]: make_reward(name, config, reward_device) for name in names}
+    if len(watched) < len(names) or {"reward", "rewards", "prompts", "epoch"} & set(watched):
+        raise ValueError(f"--metrics {config.metrics}: the names must differ, also from reward, rewards, prompts and epoch")
     try:
         clip = clip_embedder(config.clip, reward_device)
     except ValueError as error:
-        clip = print(f"diversity is not measured: {error}")
+        clip = None
+        print(f"diversity is not measured: {error}")
     config.out = config.out or str(Path("runs") / f"{config.reward.rpartition(':')[2]}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}")
     for part in ("samples", "checkpoints"):
         (Path(config.out) / part).mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    apart = reward_device != device or bool(config.vlm_url)
-    return Run(config, Path(config.out), policy, reward, apart, {other.__name__: other for other in watched}, clip, prompts,
+    apart = reward_device != device or (config.reward == "alignment" and bool(config.vlm_url))
+    return Run(config, Path(config.out), policy, reward, apart, watched, clip, prompts,
                ddpo.PromptStatistics(config.history_size, config.min_count), optimizer)
 
 
@@ -364,7 +359,7 @@ def loop(run):
         metrics = evaluate(run, 0) if epoch == 0 else {}
         metrics |= one_epoch(run, epoch)
         if last or (done % config.eval_every == 0 and epoch > 0):       # the first line keeps the base model's evaluation
-            metrics |= evaluate(run, done)
+            metrics = {**evaluate(run, done), **metrics}
         append_lines(out / "metrics.jsonl", [{"epoch": epoch, "reward_queries": queries, **metrics}])
         draw_curve(out, config)
         report(epoch, queries, metrics)
@@ -378,15 +373,23 @@ def one_epoch(run, epoch):
     c, rewarded = run.config, []
     drawn = draw_prompts(run.prompts, c.samples_per_epoch, c.samples_per_prompt, np.random.default_rng([c.seed, epoch]))
     clock = [time.time()]
-    with ThreadPoolExecutor(1) as beside:
-        each = (lambda *batch: rewarded.append(beside.submit(checked, run.reward, *batch))) if run.apart else None
-        trajectories, images = draw(run.policy, c, drawn, epoch, f"epoch {epoch}: sampling", each)
+    beside = ThreadPoolExecutor(1)
+
+    def each(images, prompts):
+        [future.result() for future in rewarded if future.done()]                       # a batch that failed ends the epoch at once
+        rewarded.append(beside.submit(checked, run.reward, images, prompts))
+
+    try:
+        trajectories, images = draw(run.policy, c, drawn, epoch, f"epoch {epoch}: sampling", each if run.apart else None)
         clock.append(time.time())
         parts = [future.result() for future in rewarded] or [checked(run.reward, images, drawn)]
+    finally:
+        beside.shutdown(cancel_futures=True)
     scores = np.concatenate([part for part, _ in parts])
     shown = {name: sum((list(extra[name]) for _, extra in parts), []) for name in parts[0][1]}
-    append_lines(run.out / "descriptions.jsonl", [{"epoch": epoch, "prompt": drawn[i], "score": scores[i], **{name: shown[name][i] for name in shown}}
-                                                  for i in range(0, len(drawn), -(-len(drawn) // 8)) if shown])
+    if shown:                                           # of eight pictures an epoch
+        append_lines(run.out / "descriptions.jsonl", [{"epoch": epoch, "prompt": drawn[i], "score": scores[i], **{name: shown[name][i] for name in shown}}
+                                                      for i in range(0, len(drawn), -(-len(drawn) // 8))])
     clock.append(time.time())
     trajectories.rewards = torch.from_numpy(scores).float().to(run.policy.device)
     trajectories.advantages = ddpo.normalize_advantages(trajectories.rewards, *run.statistics.update(drawn, trajectories.rewards))
@@ -408,7 +411,7 @@ def conclude(out, config):
     before, after = (np.array(json.loads((out / "samples" / f"epoch_{epoch:04d}.json").read_text())["rewards"]) for epoch in (0, config.epochs))
     gain = after - before
     error = gain.std(ddof=1) / len(gain) ** 0.5
-    print(f"fixed pictures: {config.reward} {before.mean():.3f} -> {after.mean():.3f}, a gain of {gain.mean():.3f} = {gain.mean() / before.std():.2f} standard "
+    print(f"fixed pictures: {config.reward} {before.mean():.3f} -> {after.mean():.3f}, a gain of {gain.mean():.3f} = {gain.mean() / max(before.std(), 1e-12):.2f} standard "
           f"deviations of the base model's rewards = {gain.mean() / max(error, 1e-12):.1f} paired standard errors; pictures and curve in {out}")
 
 

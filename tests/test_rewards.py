@@ -269,7 +269,7 @@ def wide(*widths):
 
 
 def test_a_server_is_asked_in_openais_words_and_answers_keep_their_order(server, monkeypatch):
-    vlm = rewards.ChatServer(server.url + "/")
+    vlm = rewards.ChatServer(server.url + "/", "llava-hf/llava-1.5-7b-hf")
     assert vlm.model == "tiny-vlm"
     assert vlm(wide(*range(10, 50)), "what is it?") == [f"{w} pixels of JPEG" for w in range(10, 50)]
     assert 1 < server.most <= vlm.concurrency
@@ -281,15 +281,15 @@ def test_a_server_is_asked_in_openais_words_and_answers_keep_their_order(server,
 
 @pytest.mark.parametrize("trouble", ["hang", 500, 429, "garbage", "nonsense", "die"])
 def test_passing_trouble_is_survived(server, trouble):
-    vlm = rewards.ChatServer(server.url)
+    vlm = rewards.ChatServer(server.url, "tiny-vlm")
     server.plan = [trouble] * 3
     assert vlm(wide(5, 6), "?") == ["5 pixels of JPEG", "6 pixels of JPEG"]
 
 
 @pytest.mark.parametrize("trouble, words", [("hang", "timed out|TimeoutError"), (500, "HTTP 500"), ("garbage", "JSON"), ("nonsense", "IndexError"),
-                                            ("die", "IncompleteRead|RemoteDisconnected|Connection"), (404, "HTTP 404 .*so it goes")])
+                                            ("die", "IncompleteRead|RemoteDisconnected|Connection|JSONDecodeError"), (404, "HTTP 404 .*so it goes")])
 def test_lasting_trouble_ends_in_one_line(server, trouble, words, monkeypatch):
-    vlm = rewards.ChatServer(server.url)
+    vlm = rewards.ChatServer(server.url, "tiny-vlm")
     server.then = trouble
     with pytest.raises(ConnectionError, match=words) as caught:
         vlm(wide(*range(1, 40)), "?")
@@ -300,12 +300,12 @@ def test_lasting_trouble_ends_in_one_line(server, trouble, words, monkeypatch):
 def test_a_server_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(rewards.ChatServer, "pause", 0.01)
     with pytest.raises(ConnectionError, match="--vlm-url http://127.0.0.1:9/v1: no answer from models after 5 tries"):
-        rewards.ChatServer("http://127.0.0.1:9/v1")
+        rewards.ChatServer("http://127.0.0.1:9/v1", "any")
 
 
 @pytest.mark.parametrize("how", ["empty", "null"])
 def test_an_empty_answer_is_scored_zero(server, minilm, how):
-    settings = SimpleNamespace(bert=minilm, bert_layer=5, vlm_url=server.url, vlm_question="?")
+    settings = SimpleNamespace(bert=minilm, bert_layer=5, vlm_url=server.url, vlm="any", vlm_question="?")
     alignment = rewards.make_reward("alignment", settings, "cpu")
     server.plan = [how]
     scores, shown = alignment(wide(5), ["a cat"])

@@ -155,7 +155,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(wh
 def test_a_reward_must_give_a_number_for_each_picture():
     def broken(images, prompts):
         return [float("nan")] * len(prompts)
-    with pytest.raises(ValueError, match="--reward broken must give one finite number"):
+    with pytest.raises(ValueError, match="reward broken must give one finite number"):
         train.checked(broken, None, ["a", "b"])
     with pytest.raises(ValueError, match="for each of 2 pictures"):
         train.checked(lambda images, prompts: [1.0], None, ["a", "b"])
