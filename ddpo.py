@@ -8,7 +8,7 @@ scheduler.py; the reward r(x_0, c) comes once, at the end. In reading order:
     Policy                          the parts of a Stable Diffusion, from prompts to pictures
     PromptStatistics, normalize_advantages      Sec. 5.1, App. D: rewards normalised prompt by prompt
     reinforce_loss, ppo_loss        Eq. DDPO_SF and DDPO_IS, the two policy gradients
-    update                          minibatches of whole samples, micro-batches of (sample, timestep) pairs, one optimizer step each
+    update, improve                 one optimizer step on whole samples in micro-batches of (sample, timestep) pairs; the steps of an epoch
 
 Deviations from the paper's text, and why:
 - Log-probabilities are means over the latent's dimensions (see scheduler.py), and losses are means over the T timesteps where the paper
@@ -114,15 +114,15 @@ class Policy:
             self.embeds[prompt] = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state[0]
         return torch.stack([self.embeds[prompt] for prompt in prompts])
 
-    def sample(self, prompts, names, batch, tick=None, each=None):
-        """One trajectory a prompt, its noise by its name (see `named_noise`), `batch` at a time -> Trajectories, images uint8 (B, H, W, 3).
+    def sample(self, prompts, name, batch, tick=None, each=None):
+        """One trajectory a prompt, `batch` at a time, the noise of sample i named (*name, i) -> Trajectories, images uint8 (B, H, W, 3).
 
         `each(images, prompts)`, where given, is called with every batch as soon as it is drawn.
         """
         side, parts, images = self.unet.config["sample_size"], [], []
         for start in range(0, len(prompts), batch):
             some = prompts[start:start + batch]
-            noise = torch.stack([named_noise((self.unet.config["in_channels"], side, side), self.T + 1, *name) for name in names[start:start + batch]])
+            noise = torch.stack([named_noise((self.unet.config["in_channels"], side, side), self.T + 1, *name, start + i) for i in range(len(some))])
             parts.append(sample(self.unet, self.scheduler, self.embed(some), self.embed([""]), noise.to(self.device), self.T, self.eta, self.w, tick))
             images.append(self.decode(parts[-1].latents[:, -1]))
             if each:
@@ -230,3 +230,17 @@ def update(unet, optimizer, scheduler, trajectories, minibatch, uncond, *, algor
     outside = ((ratio - 1).abs() > clip_range).float()
     return {"loss": torch.cat(losses).mean(), "grad_norm": grad_norm, "approx_kl": 0.5 * torch.cat(log_ratios).square().mean(),
             "clip_fraction": outside.mean(), "clip_fraction_by_step": outside.mean(1), "ratio_error": (ratio - 1).abs().max()}
+
+
+def improve(policy, optimizer, trajectories, batch_size, name, lrs, **settings):
+    """The updates of an epoch: every sample once, in an order drawn by the generator of `name`, `batch_size` samples an update.
+
+    lrs: the learning rate of each update; settings: those of `update` -> its metrics as floats, averaged; first_ratio_error is from the first.
+    """
+    order, metrics = torch.from_numpy(np.random.default_rng(name).permutation(len(trajectories))).to(policy.device), []
+    for minibatch, lr in zip(order.split(batch_size), lrs, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        metrics.append(update(policy.unet, optimizer, policy.scheduler, trajectories, minibatch, policy.embed([""]), eta=policy.eta, w=policy.w, **settings))
+    mean = {key: torch.stack([m[key] for m in metrics]).mean(0).tolist() for key in metrics[0] if key != "ratio_error"}
+    return {**mean, "first_ratio_error": metrics[0]["ratio_error"].item()}

@@ -33,7 +33,7 @@ from unet import VAE, UNet, load, locate, save
 
 ZOO = Path(__file__).parent / "tutorial" / "zoo" / "stable-diffusion"
 ALGORITHMS = {"ddpo-is": {"batch_size": 64}, "ddpo-sf": {"batch_size": 256}}           # Table D.5: what depends on the algorithm
-PROMPTS = {"aesthetic": "common-animals", "alignment": "animal-activities"}            # Sec. 6: and on the reward
+PROMPTS = {"aesthetic": {"prompts": "common-animals"}, "alignment": {"prompts": "animal-activities"}}         # Sec. 6: and on the reward
 EVALUATION = 2**31                                  # stands for the epoch in the names of the fixed evaluation noises
 
 
@@ -117,12 +117,10 @@ def resolve(given, folder):
     """The whole Config: the command line over the model's ddpo.json over the paper's table. Raises ValueError, one line."""
     own = model_settings(folder)
     reward, algorithm = given.get("reward", Config.reward), given.get("algorithm", Config.algorithm)
-    paper = {**ALGORITHMS[algorithm], "prompts": PROMPTS.get(reward, Config.prompts)}
-    config = Config(**{**paper, **own.get("all", {}), **own.get(algorithm, {}), **own.get(reward, {}), **given})
-    if algorithm == "ddpo-sf":                          # right for one update an epoch only
-        config.batch_size = given.get("batch_size", config.samples_per_epoch)
-        if config.batch_size != config.samples_per_epoch:
-            raise ValueError(f"--batch-size {config.batch_size}: ddpo-sf takes one update an epoch, so all its samples ({config.samples_per_epoch})")
+    config = Config(**{**ALGORITHMS[algorithm], **PROMPTS.get(reward, {}), **own.get("all", {}), **own.get(algorithm, {}), **own.get(reward, {}), **given})
+    if algorithm == "ddpo-sf" and given.get("batch_size", config.samples_per_epoch) != config.samples_per_epoch:
+        raise ValueError(f"--batch-size {config.batch_size}: ddpo-sf takes one update an epoch, so all its samples ({config.samples_per_epoch})")
+    config.batch_size = config.samples_per_epoch if algorithm == "ddpo-sf" else config.batch_size
     if not 0 < config.eta <= 1:
         raise ValueError(f"--eta {config.eta:g}: must be above 0, for a step without noise has no policy gradient, and at most 1")
     for f in dataclasses.fields(Config):
@@ -131,7 +129,7 @@ def resolve(given, folder):
         if f.type in (int, float) and not (math.isfinite(value) and value >= least):
             raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be finite and {f'at least {least}' if least != 1e-12 else 'above 0'}")
     if config.min_count > config.history_size:
-        raise ValueError(f"--min-count {config.min_count} is more than --history-size {config.history_size}: no prompt would ever have enough rewards")
+        raise ValueError(f"--min-count {config.min_count} is more than --history-size {config.history_size}: no prompt would ever have enough")
     if config.samples_per_epoch % config.batch_size or config.samples_per_epoch % config.samples_per_prompt:
         raise ValueError(f"--samples-per-epoch {config.samples_per_epoch} must be a multiple of --batch-size ({config.batch_size}) and of "
                          f"--samples-per-prompt ({config.samples_per_prompt})")
@@ -139,10 +137,8 @@ def resolve(given, folder):
 
 
 def choose_device(name, flag="--device"):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        return torch.zeros(1, device=name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu").device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{flag} {name}: {str(error).splitlines()[0]}") from None
 
@@ -167,10 +163,8 @@ def load_policy(folder, device, config):
 
 def draw(policy, config, prompts, epoch, description, each=None):
     """Sample one picture a prompt, the noises named by (seed, epoch, place in the list), under a bar -> Trajectories, images."""
-    names = [(config.seed, epoch, i) for i in range(len(prompts))]
-    total = -(-len(prompts) // config.sample_batch) * config.steps
-    with tqdm(total=total, desc=description, unit="step", leave=False, disable=None) as bar:
-        return policy.sample(prompts, names, config.sample_batch, bar.update, each)
+    with tqdm(total=-(-len(prompts) // config.sample_batch) * config.steps, desc=description, unit="step", leave=False, disable=None) as bar:
+        return policy.sample(prompts, (config.seed, epoch), config.sample_batch, bar.update, each)
 
 
 @dataclass
@@ -182,13 +176,10 @@ class Run:
     reward: object
     apart: bool                 # the reward has a device or server of its own, and works while the next batch is drawn
     watched: dict               # {name: other reward}
-    clip: object                # embeds pictures for the diversity; None where there is none to be had
+    diversity: object           # of pictures, by their prompts; always None where there is no CLIP
     prompts: list
     statistics: ddpo.PromptStatistics
     optimizer: torch.optim.Optimizer
-
-    def diversity(self, images, prompts):
-        return diversity(self.clip(images), prompts) if self.clip else None
 
 
 def evaluate(run, epoch):
@@ -196,10 +187,10 @@ def evaluate(run, epoch):
     prompts = 2 * spread_prompts(run.prompts, run.config.eval_samples // 2)            # two of each, for the diversity
     _, images = draw(run.policy, run.config, prompts, EVALUATION, "evaluating")
     scores = {name: checked(reward, images, prompts)[0] for name, reward in {"reward": run.reward, **run.watched}.items()}
-    columns, tile = int(np.ceil(len(images) ** 0.5)), min(images.shape[1], 256)
-    grid = Image.new("RGB", (columns * tile, -(-len(images) // columns) * tile))
+    side, tile = math.ceil(len(images) ** 0.5), min(images.shape[1], 256)
+    grid = Image.new("RGB", (side * tile, -(-len(images) // side) * tile))
     for i, image in enumerate(images):
-        grid.paste(Image.fromarray(image).resize((tile, tile)), (i % columns * tile, i // columns * tile))
+        grid.paste(Image.fromarray(image).resize((tile, tile)), (i % side * tile, i // side * tile))
     grid.save(run.out / "samples" / f"epoch_{epoch:04d}.png")
     record = {"epoch": epoch, "prompts": prompts, "rewards": scores["reward"].tolist(), **{name: scores[name].tolist() for name in run.watched}}
     write_whole(run.out / "samples" / f"epoch_{epoch:04d}.json", json.dumps(record, indent=1) + "\n")
@@ -208,21 +199,15 @@ def evaluate(run, epoch):
 
 
 def train_epoch(run, trajectories, epoch):
-    """The optimizer updates of an epoch -> their metrics, averaged, as floats."""
-    c, policy, metrics = run.config, run.policy, []
-    order = torch.from_numpy(np.random.default_rng([c.seed, epoch, 1]).permutation(len(trajectories))).to(policy.device)
-    total = -(-c.batch_size * c.steps // c.micro_batch) * (len(order) // c.batch_size)
-    with tqdm(total=total, desc=f"epoch {epoch}: training", unit="pass", leave=False, disable=None) as bar:
-        for n, minibatch in enumerate(order.split(c.batch_size), start=epoch * (len(order) // c.batch_size)):
-            for group in run.optimizer.param_groups:
-                group["lr"] = c.lr * min(1, (n + 1) / (c.warmup + 1))
-            metrics.append(ddpo.update(policy.unet, run.optimizer, policy.scheduler, trajectories, minibatch, policy.embed([""]),
-                                       algorithm=c.algorithm, eta=c.eta, w=c.guidance, clip_range=c.clip_range, micro_batch=c.micro_batch,
-                                       max_grad_norm=c.max_grad_norm, tick=bar.update))
-            if not torch.isfinite(metrics[-1]["grad_norm"]):
-                raise ValueError(f"epoch {epoch}: the gradient is not finite; the last checkpoint in {c.out} is whole. Try a smaller --lr")
-    mean = {name: torch.stack([m[name] for m in metrics]).mean(0).tolist() for name in metrics[0] if name != "ratio_error"}
-    return {**mean, "first_ratio_error": metrics[0]["ratio_error"].item()}
+    """The optimizer updates of an epoch, under a bar -> their metrics."""
+    c, updates = run.config, run.config.samples_per_epoch // run.config.batch_size
+    lrs = [c.lr * min(1, (epoch * updates + n + 1) / (c.warmup + 1)) for n in range(updates)]
+    with tqdm(total=-(-c.batch_size * c.steps // c.micro_batch) * updates, desc=f"epoch {epoch}: training", unit="pass", leave=False, disable=None) as bar:
+        metrics = ddpo.improve(run.policy, run.optimizer, trajectories, c.batch_size, [c.seed, epoch, 1], lrs, algorithm=c.algorithm,
+                               clip_range=c.clip_range, micro_batch=c.micro_batch, max_grad_norm=c.max_grad_norm, tick=bar.update)
+    if not math.isfinite(metrics["grad_norm"]):
+        raise ValueError(f"epoch {epoch}: the gradient is not finite; the last checkpoint in {c.out} is whole. Try a smaller --lr")
+    return metrics
 
 
 def write_checkpoint(run, epoch):
@@ -240,28 +225,27 @@ def write_checkpoint(run, epoch):
 
 def read_checkpoint(run):
     """Everything back from the newest whole checkpoint -> the epochs behind it; 0 where there is none yet."""
-    found, policy, optimizer = sorted((run.out / "checkpoints").glob("[0-9]" * 6)), run.policy, run.optimizer
-    if not found:
+    if not (found := sorted((run.out / "checkpoints").glob("[0-9]" * 6))):
         return 0
     try:
-        policy.unet.load_state_dict(load(UNet, found[-1] / "unet").state_dict())
-        parameters, state = list(policy.unet.parameters()), {}
+        run.policy.unet.load_state_dict(load(UNet, found[-1] / "unet").state_dict())
+        parameters, state = list(run.policy.unet.parameters()), {}
         for key, value in load_file(found[-1] / "optimizer.safetensors").items():
             i, name = key.split(".")                    # moments lie in memory as their parameters do
             state.setdefault(int(i), {})[name] = torch.empty_like(parameters[int(i)]).copy_(value) if value.ndim else value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        run.optimizer.load_state_dict({"state": state, "param_groups": run.optimizer.state_dict()["param_groups"]})
         rest = json.loads((found[-1] / "state.json").read_text())
         run.statistics.load_state_dict(rest["statistics"])
         print(f"resuming from {found[-1]}")
         return rest["epoch"]
-    except Exception as error:                          # whatever a broken file may raise
+    except Exception as error:                          # whatever a broken file raises
         raise ValueError(f"{found[-1]} cannot be read ({error}); delete it to go on from the checkpoint before") from None
 
 
-def write_whole(path, text):                            # aside, then renamed: readers find the old text or the new, never half of one
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    os.replace(aside, path)
+def write_whole(path, text):
+    """Aside, then renamed: readers find the old text or the new, never half of one."""
+    path.with_name(path.name + ".tmp").write_text(text)
+    os.replace(path.with_name(path.name + ".tmp"), path)
 
 
 def read_lines(path, before=math.inf):
@@ -279,13 +263,11 @@ def draw_curve(out, config):
     """reward.png against reward queries: the reward; and all that is watched on the fixed pictures, in the base model's deviations."""
     lines = read_lines(out / "metrics.jsonl")
     evaluated = [line for line in lines if "eval_queries" in line]
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    left, right = (figure := Figure(figsize=(12, 4.5), layout="constrained")).subplots(1, 2)
     queries, mean, std = (np.array([line[k] for line in lines]) for k in ("reward_queries", "reward_mean", "reward_std"))
-    queries = queries - config.samples_per_epoch        # sampled before the epoch's updates
+    queries, at = queries - config.samples_per_epoch, [line["eval_queries"] for line in evaluated]         # sampled before the epoch's updates
     left.plot(queries, mean, label="training samples (mean, std)")
     left.fill_between(queries, mean - std, mean + std, alpha=0.15)
-    at = [line["eval_queries"] for line in evaluated]
     left.plot(at, [line["eval_reward_mean"] for line in evaluated], "o-", label="fixed pictures")
     for name in [key[5:-5] for key in lines[0] if key.startswith("eval_") and key.endswith("_mean")]:
         base, spread = lines[0][f"eval_{name}_mean"], lines[0][f"eval_{name}_std"] or 1
@@ -298,13 +280,13 @@ def draw_curve(out, config):
 
 def resumed(given):
     """With --resume, the settings of the run in --out under those given now, of which only a few may differ; without, --out must hold none."""
-    if "out" in given and not given.get("resume") and (Path(given["out"]) / "config.json").exists():
-        raise ValueError(f"--out {given['out']} holds a run already: add --resume to go on with it, or choose another folder")
+    stored = Path(given.get("out", os.devnull)) / "config.json"
     if not given.get("resume"):
+        if stored.exists():
+            raise ValueError(f"--out {given['out']} holds a run already: add --resume to go on with it, or choose another folder")
         return given
-    stored = Path(given.get("out", "")) / "config.json"
-    if "out" not in given or not stored.is_file():
-        raise ValueError(f"--resume needs --out: the folder of the run to go on with; there is no {stored}")
+    if not stored.is_file():
+        raise ValueError(f"--resume needs --out FOLDER, that of the run to go on with; {given.get('out')} holds no config.json")
     before = json.loads(stored.read_text())
     if not isinstance(before, dict) or not set(before) <= {f.name for f in dataclasses.fields(Config)}:
         raise ValueError(f"{stored} was written by another version of train.py, or by another program")
@@ -319,8 +301,8 @@ def prepare(given):
     """Everything loaded, and the run's folder -> Run. What can be refused is refused before the folder is made."""
     given = resumed(given)
     device = choose_device(given.get("device", Config.device))
-    name, folder = choose_model(given.get("model", Config.model), device)
-    config = resolve({**given, "model": name}, folder)
+    model, folder = choose_model(given.get("model", Config.model), device)
+    config = resolve({**given, "model": model}, folder)
     prompts = load_prompts(config.prompts)
     policy = load_policy(folder, device, config)
     policy.scheduler.timesteps(config.steps)            # refuses an impossible T
@@ -340,7 +322,7 @@ def prepare(given):
         (Path(config.out) / part).mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     apart = reward_device != device or (config.reward == "alignment" and bool(config.vlm_url))
-    return Run(config, Path(config.out), policy, reward, apart, watched, clip, prompts,
+    return Run(config, Path(config.out), policy, reward, apart, watched, (lambda images, prompts: diversity(clip(images), prompts) if clip else None), prompts,
                ddpo.PromptStatistics(config.history_size, config.min_count), optimizer)
 
 
@@ -358,8 +340,8 @@ def loop(run):
         done, last, queries = epoch + 1, epoch + 1 == config.epochs, (epoch + 1) * config.samples_per_epoch
         metrics = evaluate(run, 0) if epoch == 0 else {}
         metrics |= one_epoch(run, epoch)
-        if last or (done % config.eval_every == 0 and epoch > 0):       # the first line keeps the base model's evaluation
-            metrics = {**evaluate(run, done), **metrics}
+        if last or (done % config.eval_every == 0 and epoch > 0):
+            metrics = {**evaluate(run, done), **metrics}                    # the first line keeps the base model's evaluation
         append_lines(out / "metrics.jsonl", [{"epoch": epoch, "reward_queries": queries, **metrics}])
         draw_curve(out, config)
         report(epoch, queries, metrics)
@@ -394,13 +376,13 @@ def one_epoch(run, epoch):
     trajectories.rewards = torch.from_numpy(scores).float().to(run.policy.device)
     trajectories.advantages = ddpo.normalize_advantages(trajectories.rewards, *run.statistics.update(drawn, trajectories.rewards))
     metrics = train_epoch(run, trajectories, epoch)
-    seconds = zip(("seconds_sampling", "seconds_reward", "seconds_training"), np.diff([*clock, time.time()]).round(3).tolist())
-    return {"reward_mean": scores.mean(), "reward_std": scores.std(), "diversity": run.diversity(images, drawn), **metrics, **dict(seconds)}
+    seconds = dict(zip(("seconds_sampling", "seconds_reward", "seconds_training"), np.diff([*clock, time.time()]).round(3).tolist()))
+    return {"reward_mean": scores.mean(), "reward_std": scores.std(), "diversity": run.diversity(images, drawn), **metrics, **seconds}
 
 
 def report(epoch, queries, metrics):
     """One line an epoch for the eye."""
-    seconds = sum(metrics[f"seconds_{part}"] for part in ("sampling", "reward", "training"))
+    seconds = sum(value for name, value in metrics.items() if name.startswith("seconds"))
     evaluated = f"  fixed pictures {metrics['eval_reward_mean']:8.3f}" if "eval_reward_mean" in metrics else ""
     print(f"epoch {epoch:3d}  queries {queries:6d}  reward {metrics['reward_mean']:8.3f} +- {metrics['reward_std']:.3f}  kl {metrics['approx_kl']:.1e}  "
           f"clipped {metrics['clip_fraction']:4.0%}  grad {metrics['grad_norm']:.2g}  {seconds:.0f} s{evaluated}", flush=True)

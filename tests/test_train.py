@@ -13,7 +13,7 @@ from rewards import compressibility
 
 TINY = ["--reward", "compressibility", "--model", "zoo", "--device", "cpu", "--epochs", "2", "--samples-per-epoch", "4", "--samples-per-prompt", "2",
         "--batch-size", "2", "--steps", "3", "--eval-samples", "4", "--eval-every", "1", "--checkpoint-every", "1", "--micro-batch", "4",
-        "--sample-batch", "4"]
+        "--sample-batch", "4", "--min-count", "2", "--warmup", "0"]
 
 
 def metrics(folder):
@@ -87,6 +87,35 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, tmp_path, monkeypa
     assert without_seconds(metrics(folder)) == without_seconds(metrics(whole_run))
     one, other = weights(folder, 2), weights(whole_run, 2)
     assert all(torch.equal(one[key], other[key]) for key in other)
+
+
+def test_the_evaluation_pictures_are_fixed_and_the_first_line_keeps_the_bases(tmp_path):
+    """With a learning rate of nothing the pictures of the last epoch are those of the first; the training samples are others."""
+    train.main([*TINY, "--lr", "1e-11", "--out", str(tmp_path / "still")])
+    before, after = (np.asarray(Image.open(tmp_path / "still" / "samples" / f"epoch_000{epoch}.png")).astype(int) for epoch in (0, 2))
+    assert np.abs(before - after).max() <= 1
+    first, second = metrics(tmp_path / "still")
+    assert first["eval_reward_mean"] == pytest.approx(second["eval_reward_mean"], abs=0.01) and abs(first["reward_mean"] - second["reward_mean"]) > 0.02
+    train.main([*TINY, "--epochs", "1", "--out", str(tmp_path / "one")])
+    assert metrics(tmp_path / "one")[0]["eval_queries"] == 0 and (tmp_path / "one" / "samples" / "epoch_0001.png").is_file()
+
+
+def test_settings_reach_the_update(tmp_path, monkeypatch):
+    seen, real = [], train.ddpo.improve
+
+    def spy(policy, optimizer, trajectories, batch_size, name, lrs, **settings):
+        seen.append((policy.T, policy.eta, policy.w, batch_size, name, lrs, settings["clip_range"], settings["micro_batch"], settings["max_grad_norm"],
+                     settings["algorithm"], trajectories.advantages))
+        return real(policy, optimizer, trajectories, batch_size, name, lrs, **settings)
+
+    monkeypatch.setattr(train.ddpo, "improve", spy)
+    train.main([*TINY, "--out", str(tmp_path), "--eta", "0.5", "--guidance", "2", "--lr", "0.001", "--clip-range", "0.3", "--max-grad-norm", "0.7",
+                "--warmup", "3", "--seed", "5"])
+    assert [call[:5] for call in seen] == [(3, 0.5, 2.0, 2, [5, 0, 1]), (3, 0.5, 2.0, 2, [5, 1, 1])]
+    assert [call[5] for call in seen] == [pytest.approx([0.00025, 0.0005]), pytest.approx([0.00075, 0.001])]
+    assert seen[0][6:10] == (0.3, 4, 0.7, "ddpo-is")
+    first = seen[0][10].tolist()                            # two pictures of each prompt: normalised by their own mean and deviation
+    assert sorted(map(abs, first)) == pytest.approx([1] * 4, abs=1e-3) and first[0] == pytest.approx(-first[1], abs=1e-3)
 
 
 def test_results_do_not_depend_on_how_the_work_is_cut(tmp_path):

@@ -89,7 +89,7 @@ def main():
         return (expand(weights[t], eps) * (eps - noise) ** 2).mean()
 
     def look(net, step):
-        images = policy_of(net).sample(COMMON_ANIMALS, [(0, i) for i in range(45)], 45)[1]
+        images = policy_of(net).sample(COMMON_ANIMALS, (0,), 45)[1]
         rows = [np.concatenate(list(images[i:i + 15]), axis=1) for i in range(0, 45, 15)]
         Image.fromarray(np.concatenate(rows)).save(data.CACHE / "unet.png")
         if judge_module.FOLDER.is_dir():
