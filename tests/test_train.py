@@ -1,6 +1,8 @@
 """train.py from outside: run folders, resume, refusals. The model is the zoo, with settings so small that a run takes seconds."""
 import json
 import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from safetensors.torch import load_file
 import train
 from rewards import compressibility
 
-TINY = ["--reward", "compressibility", "--model", "zoo", "--device", "cpu", "--epochs", "2", "--samples-per-epoch", "4", "--samples-per-prompt", "2",
+PROMPTS = Path(tempfile.mkdtemp()) / "three.txt"             # so few that they come again: their statistics matter
+PROMPTS.write_text("a cat\na bee\na lion\n")
+TINY = ["--prompts", str(PROMPTS), "--reward", "compressibility", "--model", "zoo", "--device", "cpu", "--epochs", "2", "--samples-per-epoch", "4", "--samples-per-prompt", "2",
         "--batch-size", "2", "--steps", "3", "--eval-samples", "4", "--eval-every", "1", "--checkpoint-every", "1", "--micro-batch", "4",
         "--sample-batch", "4", "--min-count", "2", "--warmup", "0"]
 
@@ -105,7 +109,7 @@ def test_settings_reach_the_update(tmp_path, monkeypatch):
 
     def spy(policy, optimizer, trajectories, batch_size, name, lrs, **settings):
         seen.append((policy.T, policy.eta, policy.w, batch_size, name, lrs, settings["clip_range"], settings["micro_batch"], settings["max_grad_norm"],
-                     settings["algorithm"], trajectories.advantages))
+                     settings["algorithm"], trajectories.advantages, trajectories.latents[:, 0]))
         return real(policy, optimizer, trajectories, batch_size, name, lrs, **settings)
 
     monkeypatch.setattr(train.ddpo, "improve", spy)
@@ -114,6 +118,8 @@ def test_settings_reach_the_update(tmp_path, monkeypatch):
     assert [call[:5] for call in seen] == [(3, 0.5, 2.0, 2, [5, 0, 1]), (3, 0.5, 2.0, 2, [5, 1, 1])]
     assert [call[5] for call in seen] == [pytest.approx([0.00025, 0.0005]), pytest.approx([0.00075, 0.001])]
     assert seen[0][6:10] == (0.3, 4, 0.7, "ddpo-is")
+    for epoch, call in enumerate(seen):                     # the noises are named by (seed, epoch, sample)
+        assert all(torch.equal(x_T, train.ddpo.named_noise((4, 8, 8), 1, 5, epoch, i)[0]) for i, x_T in enumerate(call[11]))
     first = seen[0][10].tolist()                            # two pictures of each prompt: normalised by their own mean and deviation
     assert sorted(map(abs, first)) == pytest.approx([1] * 4, abs=1e-3) and first[0] == pytest.approx(-first[1], abs=1e-3)
 

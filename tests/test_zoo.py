@@ -82,6 +82,6 @@ def test_the_papers_animals_and_its_counts_of_unseen_things():
     assert len(data.NAMES) == 133
 
 
-def test_all_weights_fit_in_25_megabytes(zoo):
+def test_all_weights_fit_in_40_megabytes(zoo):
     files = [path for path in zoo.parent.glob("**/*.safetensors") if ".data" not in path.parts]
-    assert sum(path.stat().st_size for path in files) < 25e6
+    assert sum(path.stat().st_size for path in files) < 40e6

@@ -2,8 +2,8 @@
 
     python tutorial/zoo/train_vae.py
 
-First encoder and decoder together; then the encoder is frozen (so that the UNet's training on its latents can begin) and the decoder
-alone learns to be sharp and to bear the small errors that a UNet makes.
+First encoder and decoder together; then the decoder alone, which learns to be sharp and to bear the small errors that a UNet makes; then
+both again, more gently.
 """
 import sys
 from pathlib import Path
@@ -15,12 +15,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
 import loop
-from unet import VAE, load, save
+from unet import VAE, save
 
 CONFIG = {"act_fn": "silu", "block_out_channels": [32, 32, 64, 96], "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3,
           "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 8, "out_channels": 3, "sample_size": 64, "scaling_factor": 1.0,
           "up_block_types": ["UpDecoderBlock2D"] * 4}
-TOGETHER, DECODER_ONLY, BATCH = 2000, 4200, 16
+TOGETHER, DECODER_ONLY, AGAIN, BATCH = 2000, 4200, 4400, 16
 ART = data.load_art()
 
 
@@ -40,7 +40,7 @@ def together_loss(vae, rng):
     mean, log_var = vae.posterior(x)
     kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).mean()
     z = mean + torch.randn_like(mean) * (0.5 * log_var).exp()
-    return difference(vae.decode(z), x) + 1e-4 * kl
+    return difference(vae.decode(z * vae.scaling_factor), x) + 1e-4 * kl
 
 
 def decoder_loss(vae, rng):
@@ -65,16 +65,20 @@ def main():
     folder = data.HERE / "stable-diffusion" / "vae"
     torch.manual_seed(0)
     vae = loop.train("vae-together", loop.initialize(VAE(CONFIG)), together_loss, TOGETHER, look=look, min_lr=0.1)
-    with torch.no_grad():                   # the scale that makes the latents' standard deviation 1, as SD's 0.18215 does
-        std = torch.cat([vae.encode(batch(np.random.default_rng(i), 64)) for i in range(8)]).std().item()
-    vae.config["scaling_factor"] = vae.scaling_factor = 1 / std
-    if not (data.CACHE / "vae-decoder").is_dir():
-        save(vae, folder, torch.float16)        # for train_unet.py, which may begin now
-    vae = load(VAE, folder).to(memory_format=torch.channels_last)
+    rescale(vae)
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(False)
-    vae = loop.train("vae-decoder", vae, decoder_loss, DECODER_ONLY, look=look)
+    vae = loop.train("vae-decoder", vae, decoder_loss, DECODER_ONLY, look=look).requires_grad_(True)
+    vae = loop.train("vae-joint", vae, together_loss, AGAIN, look=look, lr=0.012, adam_lr=1e-3, min_lr=0.03)
+    rescale(vae)
     save(vae, folder, torch.float16)
+
+
+@torch.no_grad()
+def rescale(vae):
+    """Set the scale that makes the latents' standard deviation 1, as SD's 0.18215 does."""
+    std = torch.cat([vae.posterior(batch(np.random.default_rng(i), 64))[0] for i in range(8)]).std().item()
+    vae.config["scaling_factor"] = vae.scaling_factor = 1 / std
 
 
 if __name__ == "__main__":
