@@ -60,7 +60,7 @@ def test_the_judge_sees_nothing_in_noise_and_blanks():
 def test_ground_colour_is_the_borders(animals):
     pictures = np.zeros((2, 64, 64, 3), np.uint8) + np.array(data.COLOURS["red"], np.uint8)
     pictures[:, 8:56, 8:56] = data.COLOURS["blue"]
-    pictures[1, :, :20] = data.COLOURS["green"]             # a third of the border: not the median
+    pictures[1, :, :28] = data.COLOURS["blue"]              # not half of the border: the mean would be purple, the median is red
     assert judge_module.ground_colour(pictures) == ["red", "red"]
 
 
