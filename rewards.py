@@ -193,13 +193,12 @@ class ChatServer:
         return self.ask("chat/completions", lambda reply: (reply["choices"][0]["message"]["content"] or "").strip(), body)
 
     def __call__(self, images, question):
-        pool = ThreadPoolExecutor(self.concurrency)
         self.over.clear()
-        try:
-            return list(pool.map(lambda image: self.describe(image, question), images))
-        finally:                                        # one failure ends the batch: don't wait for the rest of the queue
-            self.over.set()
-            pool.shutdown(cancel_futures=True)
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            try:
+                return list(pool.map(lambda image: self.describe(image, question), images))
+            finally:                                    # after a failure the rest of the queue is dropped, and no one waits to try again
+                self.over.set()
 
 
 def bert_score(candidates, references, candidate_weights, reference_weights, candidate_mask, reference_mask):

@@ -1,6 +1,7 @@
 """rewards.py: JPEG sizes against files on disk, prompt sets against the paper's lists, prompt files good and bad."""
 import importlib.util
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -297,6 +298,15 @@ def test_lasting_trouble_ends_in_one_line(server, trouble, words, monkeypatch):
     asked = [body["messages"][0]["content"][0]["image_url"]["url"] for body in server.bodies]
     assert len(set(asked)) < 70                             # the queue behind a failure is dropped
     assert trouble != 404 or len(asked) == len(set(asked))  # our own fault: not asked twice
+
+
+def test_one_failure_wakes_those_who_wait_to_try_again(server, monkeypatch):
+    vlm = rewards.ChatServer(server.url, "tiny-vlm")
+    monkeypatch.setattr(rewards.ChatServer, "pause", 5.0)
+    server.plan, server.then, begin = [500] * 8 + [404], 500, time.time()
+    with pytest.raises(ConnectionError):
+        vlm(wide(*range(1, 30)), "?")
+    assert time.time() - begin < 4
 
 
 def test_a_server_that_is_not_there_is_named(monkeypatch):
