@@ -184,6 +184,7 @@ class ChatServer:
                     break
             except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as error:
                 reason = f"{type(error).__name__} {' '.join(str(error).split())[:200]}"
+        self.over.set()
         raise ConnectionError(f"--vlm-url {self.url}: no answer from {path} after {attempt + 1} tries; the last: {reason}")
 
     def describe(self, image, question):
