@@ -318,8 +318,7 @@ def prepare(given):
         clip = None
         print(f"diversity is not measured: {error}")
     config.out = config.out or str(Path("runs") / f"{config.reward.rpartition(':')[2]}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}")
-    for part in ("samples", "checkpoints"):
-        (Path(config.out) / part).mkdir(parents=True, exist_ok=True)
+    (Path(config.out) / "samples").mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     apart = reward_device != device or (config.reward == "alignment" and bool(config.vlm_url))
     return Run(config, Path(config.out), policy, reward, apart, watched, (lambda images, prompts: diversity(clip(images), prompts) if clip else None), prompts,
@@ -328,7 +327,7 @@ def prepare(given):
 
 def loop(run):
     """The epochs, from the newest checkpoint on."""
-    config, out, start = run.config, run.out, read_checkpoint(run)
+    config, out, start = run.config, run.out, read_checkpoint(run) if run.config.resume else 0
     if start >= config.epochs and config.resume:
         raise ValueError(f"--epochs {config.epochs}: the run in {out} has {start} epochs behind it already")
     write_whole(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
@@ -391,10 +390,9 @@ def report(epoch, queries, metrics):
 def conclude(out, config):
     """How far the fixed pictures have come, in the base model's standard deviations and in paired standard errors."""
     before, after = (np.array(json.loads((out / "samples" / f"epoch_{epoch:04d}.json").read_text())["rewards"]) for epoch in (0, config.epochs))
-    gain = after - before
-    error = gain.std(ddof=1) / len(gain) ** 0.5
-    print(f"fixed pictures: {config.reward} {before.mean():.3f} -> {after.mean():.3f}, a gain of {gain.mean():.3f} = {gain.mean() / max(before.std(), 1e-12):.2f} standard "
-          f"deviations of the base model's rewards = {gain.mean() / max(error, 1e-12):.1f} paired standard errors; pictures and curve in {out}")
+    gain, error = (after - before).mean(), (after - before).std(ddof=1) / len(before) ** 0.5
+    print(f"fixed pictures: {config.reward} {before.mean():.3f} -> {after.mean():.3f}, a gain of {gain:.3f} = {gain / max(before.std(), 1e-12):.2f} standard "
+          f"deviations of the base model's rewards = {gain / max(error, 1e-12):.1f} paired standard errors; pictures and curve in {out}")
 
 
 def main(argv=None):

@@ -106,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(rewards.ChatServer, "pause", 0.01)
-    monkeypatch.setattr(rewards.ChatServer, "timeout", 0.5)
+    monkeypatch.setattr(rewards.ChatServer, "timeout", 10)
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.plan, http.then, http.bodies, http.lock, http.active, http.most = [], "well", [], threading.Lock(), 0, 0
     thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)

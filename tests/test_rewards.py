@@ -281,7 +281,8 @@ def test_a_server_is_asked_in_openais_words_and_answers_keep_their_order(server,
 
 
 @pytest.mark.parametrize("trouble", ["hang", 500, 429, "garbage", "nonsense", "die"])
-def test_passing_trouble_is_survived(server, trouble):
+def test_passing_trouble_is_survived(server, trouble, monkeypatch):
+    monkeypatch.setattr(rewards.ChatServer, "timeout", 0.7 if trouble == "hang" else 10)
     vlm = rewards.ChatServer(server.url, "tiny-vlm")
     server.plan = [trouble] * 3
     assert vlm(wide(5, 6), "?") == ["5 pixels of JPEG", "6 pixels of JPEG"]
@@ -290,6 +291,7 @@ def test_passing_trouble_is_survived(server, trouble):
 @pytest.mark.parametrize("trouble, words", [("hang", "timed out|TimeoutError"), (500, "HTTP 500"), ("garbage", "JSON"), ("nonsense", "IndexError"),
                                             ("die", "IncompleteRead|RemoteDisconnected|Connection|JSONDecodeError"), (404, "HTTP 404 .*so it goes")])
 def test_lasting_trouble_ends_in_one_line(server, trouble, words, monkeypatch):
+    monkeypatch.setattr(rewards.ChatServer, "timeout", 0.7 if trouble == "hang" else 10)
     vlm = rewards.ChatServer(server.url, "tiny-vlm")
     server.then = trouble
     with pytest.raises(ConnectionError, match=words) as caught:
