@@ -171,8 +171,9 @@ class ChatServer:
         """GET (or POST `body` to) url/path, and what `read` finds in the reply."""
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        reason = "another request failed"
         for attempt in range(self.tries):
-            if attempt and self.over.wait(self.pause * 2 ** (attempt - 1)):
+            if self.over.wait(self.pause * 2 ** (attempt - 1) if attempt else 0):
                 break
             try:
                 request = urllib.request.Request(f"{self.url}/{path}", json.dumps(body).encode() if body else None, headers)
@@ -198,7 +199,7 @@ class ChatServer:
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
                 return list(pool.map(lambda image: self.describe(image, question), images))
-            finally:                                    # after a failure the rest of the queue is dropped, and no one waits to try again
+            finally:                                    # after a failure, or Ctrl-C, the rest is dropped, and no one waits to try again
                 self.over.set()
 
 
