@@ -20,7 +20,7 @@ import loop
 import raters
 from rewards import AestheticHead, ClipEmbedder
 
-PICTURES, HELD_OUT, STEPS, BATCH = 20_000, 2_000, 2000, 256
+PICTURES, HELD_OUT, STEPS, BATCH = 20_000, 2_000, 5000, 512
 FOLDER = data.HERE / "aesthetic"
 
 
@@ -33,7 +33,8 @@ def rated(clip, rng, count):
     """Composites with one rating each -> embeddings (count, d), ratings (count,), truth (count,)."""
     art, rows = data.load_art(), []
     for _ in tqdm(range(count // 100), desc="rating", mininterval=10):
-        pixels = np.stack([data.clip_example(rng, art)[0].pixels for _ in range(100)])
+        names, colours = rng.choice(list(data.NAMES), 100), rng.choice(list(data.COLOURS), 100)
+        pixels = np.stack([data.compose(rng, art, str(name), str(colour)).pixels for name, colour in zip(names, colours)])
         rows.append((clip(pixels), torch.as_tensor(raters.rate(rng, pixels)), torch.as_tensor(raters.truth(pixels))))
     return [torch.cat(column).float() for column in zip(*rows)]
 
@@ -54,7 +55,7 @@ def main():
     def look(net, step):
         print(f"aesthetic: rank correlation with the truth on held-out composites {rank_correlation(net(held_out).numpy(), truth.numpy()):.3f}", flush=True)
 
-    head = loop.train("aesthetic", head, loss, STEPS, look=torch.no_grad()(look), lr=0.02, adam_lr=2e-3, ema_decay=0.99, every=500)
+    head = loop.train("aesthetic", head, loss, STEPS, look=torch.no_grad()(look), lr=0.02, adam_lr=2e-3, ema_decay=0.99, every=1000)
     FOLDER.mkdir(exist_ok=True)
     save_file({key: value.half().contiguous() for key, value in head.state_dict().items()}, FOLDER / "model.safetensors")
 
