@@ -4,7 +4,8 @@ The wiring of the paper's Algorithm (Sec. 4.3, App. D): each epoch draws prompts
 them, normalises the rewards prompt by prompt and takes a few optimizer steps; all mathematics is in ddpo.py and scheduler.py.
 
 Settings: the command line, else the `ddpo.json` in the model's folder, else the paper's Table D.5.
-Deviations from the paper: with --samples-per-prompt above 1 (the zoo's default) prompts repeat within an epoch; the model that
+Deviations from the paper: with --samples-per-prompt above 1 (the zoo's default) prompts repeat within an epoch; with --warmup above 0 (the
+zoo's default) the learning rate rises over the first updates, for Adam's first steps move every weight by all of it; the model that
 `--model auto` picks without a CUDA GPU is the miniature in tutorial/zoo, with settings of its own.
 """
 import argparse
