@@ -8,7 +8,10 @@ scheduler.py; the reward r(x_0, c) comes once, at the end. In reading order:
     Policy                          the parts of a Stable Diffusion, from prompts to pictures
     PromptStatistics, normalize_advantages      Sec. 5.1, App. D: rewards normalised prompt by prompt
     reinforce_loss, ppo_loss        Eq. DDPO_SF and DDPO_IS, the two policy gradients
-    update, improve                 one optimizer step on whole samples in micro-batches of (sample, timestep) pairs; the steps of an epoch
+    step, update, improve           one optimizer step in micro-batches; DDPO's, on whole samples; those of an epoch
+    rwr_weights, sparse_weights, denoising_loss, regress        Sec. 4.2: reward-weighted regression, the baseline
+    learn                           an epoch's updates by any of the four
+    alarms                          what goes wrong in practice, seen early in a run's metrics
 
 Deviations from the paper's text, and why:
 - Log-probabilities are means over the latent's dimensions (see scheduler.py), and losses are means over the T timesteps where the paper
@@ -17,6 +20,8 @@ Deviations from the paper's text, and why:
   function, no entropy bonus.
 - Advantages are clipped at +-10 (the authors' JAX code; their PyTorch code takes 5).
 - Noise comes from a generator seeded by (seed, epoch, sample), not from one stream: results don't depend on batch sizes.
+- RWR trains on the sampled x_0 itself; the authors' code encodes the finished picture again, through the VAE. Effect: none of the VAE's
+  errors in the data. RWR-sparse never draws a sample of weight 0 for a batch (its gradient is 0), so that a batch is all signal.
 """
 from collections import deque
 from dataclasses import dataclass, field, fields
@@ -24,7 +29,7 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 import torch
 
-from scheduler import gaussian_log_prob
+from scheduler import add_noise, gaussian_log_prob
 
 
 def guided_noise(eps_uncond, eps_cond, w):
@@ -114,10 +119,11 @@ class Policy:
             self.embeds[prompt] = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state[0]
         return torch.stack([self.embeds[prompt] for prompt in prompts])
 
-    def sample(self, prompts, name, batch, tick=None, each=None):
+    def sample(self, prompts, name, batch, tick=None, each=None, whole=False):
         """One trajectory a prompt, `batch` at a time, the noise of sample i named (*name, i) -> Trajectories, images uint8 (B, H, W, 3).
 
-        `each(images, prompts)`, where given, is called with every batch as soon as it is drawn.
+        `each(images, prompts)`, where given, is called with every batch as soon as it is drawn. Unless `whole`, of the latents only
+        x_0 is kept (B, 1, 4, h, w), and no embeddings: all that RWR and evaluation need, where 10,000 trajectories of SD v1.4 would take 36 GB.
         """
         side, parts, images = self.unet.config["sample_size"], [], []
         for start in range(0, len(prompts), batch):
@@ -125,6 +131,8 @@ class Policy:
             noise = torch.stack([named_noise((self.unet.config["in_channels"], side, side), self.T + 1, *name, start + i) for i in range(len(some))])
             parts.append(sample(self.unet, self.scheduler, self.embed(some), self.embed([""]), noise.to(self.device), self.T, self.eta, self.w, tick))
             images.append(self.decode(parts[-1].latents[:, -1]))
+            if not whole:
+                parts[-1].latents, parts[-1].prompt_embeds = parts[-1].latents[:, -1:].clone(), None
             if each:
                 each(images[-1], some)
         return Trajectories.cat(parts), np.concatenate(images)
@@ -197,50 +205,163 @@ def policy_log_prob(unet, scheduler, trajectories, samples, steps, uncond, eta, 
     return gaussian_log_prob(x_prev, *scheduler.mean_std(eps, x_t, t, T, eta))
 
 
-def update(unet, optimizer, scheduler, trajectories, minibatch, uncond, *, algorithm, eta, w, clip_range, micro_batch, max_grad_norm, tick=None):
-    """One optimizer step on the samples `minibatch` (indices) with all their timesteps, in micro-batches of `micro_batch` pairs -> metrics.
+def step(unet, optimizer, losses_of, count, micro_batch, max_grad_norm, tick=None):
+    """One optimizer step on the mean of `count` losses, in micro-batches of any size: their gradients add up to that of the whole.
 
-    Pairs are taken timestep by timestep; since all of them go into one gradient, their order and the size of the micro-batches change
-    nothing but rounding. With micro_batch = the rollout's batch the networks compute to the bit what they did in the rollout (CPU, fp32), and
-    ratios are exactly 1 before the first update. Metrics are tensors, nothing waits for the device: see the README for what they mean.
+    losses_of(indices (b,)) -> losses (b,), {name: (b,)} to be logged; `tick()` is called after every micro-batch
+    -> {name: (count,)} with the losses among them, the gradient's norm before clipping. Nothing here waits for the device.
+    """
+    parameters, rows = [p for p in unet.parameters() if p.requires_grad], []
+    optimizer.zero_grad(set_to_none=True)
+    for chunk in torch.arange(count, device=parameters[0].device).split(micro_batch):
+        losses, logged = losses_of(chunk)
+        (losses.sum() / count).backward()
+        rows.append({"loss": losses.detach(), **logged})
+        if tick:
+            tick()
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    optimizer.step()
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}, grad_norm
+
+
+def update(unet, optimizer, scheduler, trajectories, minibatch, uncond, *, algorithm, eta, w, clip_range, **settings):
+    """DDPO's optimizer step on the samples `minibatch` (indices) with all their timesteps -> metrics (tensors; the README says what they mean).
+
+    Pairs (sample, timestep) are taken timestep by timestep; since all of them go into one gradient, their order and the size of the micro-batches
+    change nothing but rounding. With micro_batch = the rollout's batch the networks compute to the bit what they did in the rollout (CPU, fp32),
+    and ratios are exactly 1 before the first update. settings: those of `step`.
     """
     if algorithm not in ("ddpo-is", "ddpo-sf"):
         raise ValueError(f"algorithm {algorithm!r}: ddpo-is or ddpo-sf")
     T = len(trajectories.timesteps)
     steps, samples = (index.flatten() for index in torch.meshgrid(
         torch.arange(T, device=minibatch.device), minibatch, indexing="ij"))    # (T * B,), timestep by timestep
-    parameters = [p for p in unet.parameters() if p.requires_grad]
-    optimizer.zero_grad(set_to_none=True)
-    losses, ratios, log_ratios = [], [], []
-    for chunk in torch.arange(len(steps), device=steps.device).split(micro_batch):
+
+    def losses_of(chunk):
         i, k = samples[chunk], steps[chunk]
-        log_prob = policy_log_prob(unet, scheduler, trajectories, i, k, uncond, eta, w)
-        loss, ratio = ppo_loss(log_prob, trajectories.log_probs[i, k], trajectories.advantages[i], clip_range)
+        log_prob, log_prob_old, advantages = policy_log_prob(unet, scheduler, trajectories, i, k, uncond, eta, w), trajectories.log_probs[i, k], trajectories.advantages[i]
+        losses, ratio = ppo_loss(log_prob, log_prob_old, advantages, clip_range)
         if algorithm == "ddpo-sf":
-            loss = reinforce_loss(log_prob, trajectories.advantages[i])
-        (loss.sum() / len(steps)).backward()
-        losses.append(loss.detach())
-        ratios.append(ratio.detach())
-        log_ratios.append((log_prob - trajectories.log_probs[i, k]).detach())
-        if tick:
-            tick()
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    optimizer.step()
-    ratio = torch.cat(ratios).reshape(T, -1)
+            losses = reinforce_loss(log_prob, advantages)
+        return losses, {"ratio": ratio.detach(), "log_ratio": (log_prob - log_prob_old).detach()}
+
+    pairs, grad_norm = step(unet, optimizer, losses_of, len(steps), **settings)
+    ratio = pairs["ratio"].reshape(T, -1)
     outside = ((ratio - 1).abs() > clip_range).float()
-    return {"loss": torch.cat(losses).mean(), "grad_norm": grad_norm, "approx_kl": 0.5 * torch.cat(log_ratios).square().mean(),
+    return {"loss": pairs["loss"].mean(), "grad_norm": grad_norm, "approx_kl": 0.5 * pairs["log_ratio"].square().mean(),
             "clip_fraction": outside.mean(), "clip_fraction_by_step": outside.mean(1), "ratio_error": (ratio - 1).abs().max()}
 
 
-def improve(policy, optimizer, trajectories, batch_size, name, lrs, **settings):
-    """The updates of an epoch: every sample once, in an order drawn by the generator of `name`, `batch_size` samples an update.
+def improve(policy, optimizer, trajectories, batch_size, name, lrs, w, **settings):
+    """The updates of an epoch of DDPO: every sample once, in an order drawn by the generator of `name`, `batch_size` samples an update.
 
     lrs: the learning rate of each update; settings: those of `update` -> its metrics as floats, averaged; first_ratio_error is from the first.
     """
     order, metrics = torch.from_numpy(np.random.default_rng(name).permutation(len(trajectories))).to(policy.device), []
     for minibatch, lr in zip(order.split(batch_size), lrs, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        metrics.append(update(policy.unet, optimizer, policy.scheduler, trajectories, minibatch, policy.embed([""]), eta=policy.eta, w=policy.w, **settings))
-    mean = {key: torch.stack([m[key] for m in metrics]).mean(0).tolist() for key in metrics[0] if key != "ratio_error"}
-    return {**mean, "first_ratio_error": metrics[0]["ratio_error"].item()}
+        set_lr(optimizer, lr)
+        metrics.append(update(policy.unet, optimizer, policy.scheduler, trajectories, minibatch, policy.embed([""]), eta=policy.eta, w=w, **settings))
+    return {**averaged(metrics, without="ratio_error"), "first_ratio_error": metrics[0]["ratio_error"].item()}
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def averaged(metrics, without=""):
+    """The mean of each metric over an epoch's updates -> {name: float, or list of floats}."""
+    return {name: torch.stack([m[name] for m in metrics]).mean(0).tolist() for name in metrics[0] if name != without}
+
+
+def by_prompt(weight, prompts, rewards):
+    """weight(the rewards of one prompt (n,)) -> (n,), for each prompt by itself. prompts: B str, rewards (B,) -> (B,)."""
+    weights, prompts = torch.empty_like(rewards), np.array(prompts)
+    for prompt in np.unique(prompts):
+        mine = torch.from_numpy(prompts == prompt)
+        weights[mine] = weight(rewards[mine])
+    return weights
+
+
+def rwr_weights(prompts, rewards, beta):
+    """w_RWR of Sec. 4.2: exp(beta r) / Z(c), with Z(c) from the samples of the same prompt, so that a prompt's weights average 1.
+
+    n_c softmax(beta r) over the n_c samples of each prompt. beta: the inverse temperature, per unit of reward. prompts: B str, rewards (B,) -> (B,).
+    """
+    return by_prompt(lambda r: len(r) * torch.softmax(beta * r, 0), prompts, rewards)
+
+
+def sparse_weights(prompts, rewards, percentile):
+    """w_sparse of Sec. 4.2: 1[r >= C(c)], with C(c) a percentile, from 0 to 1, of the rewards of the same prompt. -> 0 or 1 each, (B,).
+
+    Of fewer than 10 samples a prompt, 0.9 leaves the best one (interpolating between neighbours; equals are all kept).
+    """
+    return by_prompt(lambda r: (r >= torch.quantile(r, percentile)).to(r), prompts, rewards)
+
+
+def denoising_loss(eps, noise, weights):
+    """RWR's loss: Eq. 1, ||noise - eps||^2, weighted, as a mean over the latent's dimensions. (B, 4, h, w) twice, (B,) -> (B,)."""
+    return weights * (noise - eps.float()).square().flatten(1).mean(1)
+
+
+def regress(policy, optimizer, x_0, prompts, weights, batch_size, name, lrs, w, **settings):
+    """The updates of an iteration of RWR (Sec. 4.2): the policy's own samples x_0 (N, 4, h, w) as data for weighted denoising training.
+
+    Pass after pass over the samples of weights (N,) above 0, each in a new order; every batch gets fresh noise and timesteps of all the schedule's. All is
+    drawn from `name`. Guidance weight w: the guided prediction is trained (App. E.1); 1 for --no-cfg-training. settings: those of `step` -> metrics.
+    """
+    rng, kept, uncond, metrics = np.random.default_rng(name), np.flatnonzero(weights.cpu()), policy.embed([""]), []
+    order = np.concatenate([rng.permutation(kept) for _ in range(-(-len(lrs) * batch_size // len(kept)))])
+    for n, lr in enumerate(lrs):
+        i = torch.from_numpy(order[n * batch_size:(n + 1) * batch_size]).to(policy.device)
+        t = torch.from_numpy(rng.integers(len(policy.scheduler.alphas_bar), size=batch_size)).to(policy.device)
+        noise = named_noise(x_0.shape[1:], batch_size, *name, n).to(policy.device)
+        x_t, cond = add_noise(x_0[i], noise, policy.scheduler.alphas_bar[t]), policy.embed([prompts[j] for j in i.tolist()])
+
+        def losses_of(chunk):
+            eps = predict_noise(policy.unet, x_t[chunk], t[chunk], cond[chunk], uncond, w)
+            return denoising_loss(eps, noise[chunk], weights[i[chunk]]), {}
+
+        set_lr(optimizer, lr)
+        losses, grad_norm = step(policy.unet, optimizer, losses_of, batch_size, **settings)
+        metrics.append({"loss": losses["loss"].mean(), "grad_norm": grad_norm})
+    return averaged(metrics)
+
+
+def learn(policy, optimizer, trajectories, prompts, statistics, *, algorithm, batch_size, beta, percentile, clip_range, **settings):
+    """All updates of an epoch by any of the four algorithms: rewards weighed prompt by prompt, then `improve` or `regress` -> metrics, None where
+    an algorithm has none."""
+    rewards = trajectories.rewards
+    if algorithm in ("ddpo-is", "ddpo-sf"):
+        trajectories.advantages = normalize_advantages(rewards, *statistics.update(prompts, rewards))
+        return improve(policy, optimizer, trajectories, batch_size, algorithm=algorithm, clip_range=clip_range, **settings)
+    weights = rwr_weights(prompts, rewards, beta) if algorithm == "rwr" else sparse_weights(prompts, rewards, percentile)
+    return {**dict.fromkeys(("approx_kl", "clip_fraction", "clip_fraction_by_step", "first_ratio_error")),
+            **regress(policy, optimizer, trajectories.latents[:, -1], prompts, weights, batch_size, **settings)}
+
+
+def alarms(lines, updates):
+    """What commonly goes wrong, seen early: the alarms that the last of a run's lines sets off -> {name: what it means, what to try}.
+
+    lines: the metrics of every epoch so far (the README defines them), oldest first. updates: how many of an epoch can have ratios off 1 (DDPO_IS:
+    all but the first; else 0). Thresholds: healthy runs of the zoo show clip fractions of 3 to 20 %, gradients within a factor of 3.
+    """
+    now, earlier, found = lines[-1], [line["grad_norm"] for line in lines[-21:-1]], {}
+    numbers = [number for value in now.values() for number in (value if isinstance(value, list) else [value])]
+    if not all(np.isfinite(number) for number in numbers if isinstance(number, (int, float))):
+        return {"not finite": "not all metrics are finite numbers. Try a smaller --lr"}
+    if (now.get("first_ratio_error") or 0) > 1e-5:
+        found["ratio"] = (f"the ratio is off 1 by {now['first_ratio_error']:.1e} before the first update: training computes another log-probability than "
+                          "sampling did. Is guidance the same (--no-cfg-training)? --micro-batch like --sample-batch? the precision?")
+    if len(earlier) >= 3 and now["grad_norm"] > 10 * np.median(earlier):
+        found["gradient"] = f"the gradient's norm, {now['grad_norm']:.2g}, is over 10 times what it was ({np.median(earlier):.2g}). Try a smaller --lr"
+    fractions = [line["clip_fraction"] * (updates + 1) / updates for line in lines[-3:]] if updates else []         # of the updates that can clip
+    if len(fractions) == 3 and not 0.001 < np.mean(fractions) < 0.9:
+        found["clipping"] = (f"{np.mean(fractions):.1%} of ratios are outside the clip range after the first update: " + (
+            "the policy hardly moves. Try a larger --lr" if np.mean(fractions) < 0.5 else "most gradients are 0. Try a smaller --lr, or a wider --clip-range"))
+    first, *later = [line for line in lines if line.get("eval_diversity")] or [None]
+    if later and later[-1]["eval_diversity"] < 0.5 * first["eval_diversity"] and (
+            later[-1]["eval_reward_mean"] > first["eval_reward_mean"] + 0.5 * first["eval_reward_std"]):
+        found["diversity"] = (f"the reward rises while diversity falls ({first['eval_diversity']:.2f} -> {later[-1]['eval_diversity']:.2f}): "
+                              "samples of a prompt grow alike. Look at samples/; stop here, or try a smaller --lr or larger batches")
+    return found

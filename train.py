@@ -1,10 +1,9 @@
-"""Fine-tune Stable Diffusion by DDPO: `python train.py --reward aesthetic`.
+"""Fine-tune Stable Diffusion by reinforcement learning: `python train.py --reward aesthetic`.
 
-The wiring of the paper's Algorithm (Sec. 4.3, App. D): each epoch draws prompts, samples pictures with the present policy, rewards
-them, normalises the rewards prompt by prompt and takes a few optimizer steps; all mathematics is in ddpo.py and scheduler.py.
+The wiring of the paper's algorithms (Sec. 4, App. D): each epoch draws prompts, samples pictures with the present policy, rewards
+them, weighs them prompt by prompt and takes some optimizer steps; all mathematics is in ddpo.py and scheduler.py.
 
-Settings: the command line, else the `ddpo.json` in the model's folder, else the paper's Table D.5.
-Deviations from the paper: with --samples-per-prompt above 1 (the zoo's default) prompts repeat within an epoch; with --warmup above 0 (the
+Settings: the command line, else the `ddpo.json` in the model's folder, else the paper's Table D.5. Deviations from the paper: with --samples-per-prompt above 1 (the zoo's default) prompts repeat within an epoch; with --warmup above 0 (the
 zoo's default) the learning rate rises over the first updates, for Adam's first steps move every weight by all of it; the model that
 `--model auto` picks without a CUDA GPU is the miniature in tutorial/zoo, with settings of its own.
 """
@@ -17,8 +16,8 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -33,24 +32,22 @@ from scheduler import Scheduler
 from unet import VAE, UNet, load, locate, save
 
 ZOO = Path(__file__).parent / "tutorial" / "zoo" / "stable-diffusion"
-ALGORITHMS = {"ddpo-is": {"batch_size": 64}, "ddpo-sf": {"batch_size": 256}}           # Table D.5: what depends on the algorithm
+RWR = {"samples_per_epoch": 10_000, "batch_size": 128, "updates": 400}
+ALGORITHMS = {"ddpo-is": {"batch_size": 64}, "ddpo-sf": {"batch_size": 256}, "rwr": RWR, "rwr-sparse": RWR}       # Table D.5: what depends on the algorithm
 PROMPTS = {"aesthetic": {"prompts": "common-animals"}, "alignment": {"prompts": "animal-activities"}}         # Sec. 6: and on the reward
 EVALUATION = 2**31                                  # stands for the epoch in the names of the fixed evaluation noises
+option = lambda default, help, **more: dataclasses.field(default=default, metadata={"help": help, **more})             # noqa: E731
 
 
-def option(default, help, **kwargs):
-    return field(default=default, metadata={"help": help, **kwargs})
-
-
-@dataclass
+@dataclasses.dataclass
 class Config:
     """Every setting, flat. Defaults are the paper's (Table D.5, DDPO_IS) where it has one."""
     reward: str = option("aesthetic", f"what to maximise: {', '.join(REWARDS)}, or file.py:function")
-    algorithm: str = option("ddpo-is", "policy gradient: importance sampling with clipping, or score function", choices=list(ALGORITHMS))
+    algorithm: str = option("ddpo-is", "policy gradient (importance sampling, score function) or reward-weighted regression", choices=list(ALGORITHMS))
     model: str = option("auto", "auto, zoo, a hub id or a diffusers folder; auto: SD v1.4 on a CUDA GPU, else the zoo")
     prompts: str = option("imagenet-animals", "a named set (imagenet-animals, common-animals, animal-activities) or a text file, one prompt a line")
     epochs: int = option(50, "rounds of sampling and training")
-    samples_per_epoch: int = option(256, "pictures sampled and rewarded an epoch (paper: 256)")
+    samples_per_epoch: int = option(256, "pictures sampled and rewarded an epoch (paper: 256; RWR 10,000)")
     samples_per_prompt: int = option(1, "pictures of each prompt drawn in an epoch (paper: prompts drawn independently, 1)")
     steps: int = option(50, "denoising steps T (paper: 50)")
     eta: float = option(1.0, "DDIM's noise: 1 as DDPM, the paper's; 0 has no policy gradient")
@@ -60,7 +57,11 @@ class Config:
     weight_decay: float = option(1e-4, "AdamW's weight decay (paper: 1e-4)")
     max_grad_norm: float = option(1.0, "gradient clipping (paper: 1.0)")
     clip_range: float = option(1e-4, "DDPO_IS: how far a ratio may leave 1 (paper: 1e-4, at 512 x 512)")
-    batch_size: int = option(None, "pictures an optimizer update (paper: 64; DDPO_SF 256)")
+    batch_size: int = option(None, "pictures an optimizer update (paper: 64; DDPO_SF 256; RWR 128)")
+    updates: int = option(None, "RWR: optimizer updates an epoch (paper: 400); DDPO takes each picture once")
+    beta: float = option(0.2, "RWR: inverse temperature of the weights, per unit of reward (paper: 0.2)")
+    percentile: float = option(0.9, "RWR-sparse: the percentile of a prompt's rewards from which on pictures are kept (paper: 0.9)")
+    no_cfg_training: bool = option(False, "train the plain conditional prediction; sampling stays guided (ablation, App. E.1)")
     micro_batch: int = option(8, "(picture, timestep) pairs a forward and backward pass; no effect on results")
     sample_batch: int = option(8, "pictures sampled at a time; no effect on results")
     history_size: int = option(32, "rewards remembered of each prompt, to normalise by (paper: 32)")
@@ -94,10 +95,10 @@ def parse(argv):
 
 
 def model_settings(folder):
-    """The model's own ddpo.json: {"all": {...}, and by algorithm or reward}, checked -> dict of dicts; {} where there is none."""
-    path, known = folder / "ddpo.json", ["all", *ALGORITHMS, *REWARDS]
-    types = {f.name: (float, int) if f.type is float else (f.type,) for f in dataclasses.fields(Config)
-             if f.name not in ("reward", "algorithm", "model", "vlm_url", "reward_device", "seed", "device", "out", "resume", "debug")}
+    """The model's own ddpo.json: {"all": {...}, and by reward or algorithm}, checked -> dict of dicts; {} where there is none."""
+    path, known = folder / "ddpo.json", ["all", *REWARDS, *ALGORITHMS]
+    fixed = {"reward", "algorithm", "model", "vlm_url", "reward_device", "seed", "device", "out", "resume", "debug"}
+    types = {f.name: (float, int) if f.type is float else (f.type,) for f in dataclasses.fields(Config) if f.name not in fixed}
     try:
         own = json.loads(path.read_text()) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
@@ -118,23 +119,26 @@ def resolve(given, folder):
     """The whole Config: the command line over the model's ddpo.json over the paper's table. Raises ValueError, one line."""
     own = model_settings(folder)
     reward, algorithm = given.get("reward", Config.reward), given.get("algorithm", Config.algorithm)
-    config = Config(**{**ALGORITHMS[algorithm], **PROMPTS.get(reward, {}), **own.get("all", {}), **own.get(algorithm, {}), **own.get(reward, {}), **given})
-    if algorithm == "ddpo-sf" and given.get("batch_size", config.samples_per_epoch) != config.samples_per_epoch:
-        raise ValueError(f"--batch-size {config.batch_size}: ddpo-sf takes one update an epoch, so all its samples ({config.samples_per_epoch})")
-    config.batch_size = config.samples_per_epoch if algorithm == "ddpo-sf" else config.batch_size
-    if not 0 < config.eta <= 1:
-        raise ValueError(f"--eta {config.eta:g}: must be above 0, for a step without noise has no policy gradient, and at most 1")
+    c = Config(**{**ALGORITHMS[algorithm], **PROMPTS.get(reward, {}), **own.get("all", {}), **own.get(reward, {}), **own.get(algorithm, {}), **given})
+    c.batch_size = c.samples_per_epoch if algorithm == "ddpo-sf" and "batch_size" not in given else c.batch_size
+    ddpo_, n, size = algorithm.startswith("ddpo"), c.samples_per_epoch, c.batch_size
     for f in dataclasses.fields(Config):
-        value = getattr(config, f.name)
-        least = {"seed": 0, "weight_decay": 0, "warmup": 0, "guidance": 0, "eval_samples": 2}.get(f.name, 1e-12)
-        if f.type in (int, float) and not (math.isfinite(value) and value >= least):
+        value = getattr(c, f.name)
+        least = {"seed": 0, "eta": 0, "percentile": 0, "weight_decay": 0, "warmup": 0, "guidance": 0, "eval_samples": 2}.get(f.name, 1e-12)
+        if f.type in (int, float) and not (value is None and ddpo_) and not (math.isfinite(value) and value >= least):
             raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be finite and {f'at least {least}' if least != 1e-12 else 'above 0'}")
-    if config.min_count > config.history_size:
-        raise ValueError(f"--min-count {config.min_count} is more than --history-size {config.history_size}: no prompt would ever have enough")
-    if config.samples_per_epoch % config.batch_size or config.samples_per_epoch % config.samples_per_prompt:
-        raise ValueError(f"--samples-per-epoch {config.samples_per_epoch} must be a multiple of --batch-size ({config.batch_size}) and of "
-                         f"--samples-per-prompt ({config.samples_per_prompt})")
-    return config
+    for bad, why in [
+            (c.eta > 1 or (ddpo_ and c.eta == 0), f"--eta {c.eta:g}: must be above 0, for a step without noise has no policy gradient, and at most 1"),
+            (c.percentile > 1, f"--percentile {c.percentile:g}: between 0 (keep all) and 1 (keep the best)"),
+            (c.min_count > c.history_size, f"--min-count {c.min_count} is more than --history-size {c.history_size}: no prompt would ever have enough"),
+            (n % c.samples_per_prompt, f"--samples-per-epoch {n} must be a multiple of --samples-per-prompt ({c.samples_per_prompt})"),
+            (algorithm == "ddpo-sf" and size != n, f"--batch-size {size}: ddpo-sf takes one update an epoch, so all its samples ({n})"),
+            (ddpo_ and n % size, f"--samples-per-epoch {n} must be a multiple of --batch-size ({size})"),
+            (ddpo_ and c.updates not in (None, n // size), f"--updates {c.updates}: {algorithm} takes each picture once, {n // size} updates of --batch-size {size}")]:
+        if bad:
+            raise ValueError(why)
+    c.updates = c.updates or n // size
+    return c
 
 
 def choose_device(name, flag="--device"):
@@ -142,14 +146,6 @@ def choose_device(name, flag="--device"):
         return torch.zeros(1, device=name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu").device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{flag} {name}: {str(error).splitlines()[0]}") from None
-
-
-def choose_model(name, device):
-    """--model -> its name and its folder; prints what `auto` chose and why."""
-    if name == "auto":
-        name = "CompVis/stable-diffusion-v1-4" if device.type == "cuda" else "zoo"
-        print(f"model: {name}, since there is {'a' if device.type == 'cuda' else 'no'} CUDA GPU (others: --model)")
-    return name, ZOO if name == "zoo" else locate(name)
 
 
 def load_policy(folder, device, config):
@@ -162,25 +158,10 @@ def load_policy(folder, device, config):
                        config.steps, config.eta, config.guidance)
 
 
-def draw(policy, config, prompts, epoch, description, each=None):
+def draw(policy, config, prompts, epoch, description, each=None, whole=False):
     """Sample one picture a prompt, the noises named by (seed, epoch, place in the list), under a bar -> Trajectories, images."""
     with tqdm(total=-(-len(prompts) // config.sample_batch) * config.steps, desc=description, unit="step", leave=False, disable=None) as bar:
-        return policy.sample(prompts, (config.seed, epoch), config.sample_batch, bar.update, each)
-
-
-@dataclass
-class Run:
-    """All that a run holds."""
-    config: Config
-    out: Path
-    policy: ddpo.Policy
-    reward: object
-    apart: bool                 # the reward has a device or server of its own, and works while the next batch is drawn
-    watched: dict               # {name: other reward}
-    diversity: object           # of pictures, by their prompts; always None where there is no CLIP
-    prompts: list
-    statistics: ddpo.PromptStatistics
-    optimizer: torch.optim.Optimizer
+        return policy.sample(prompts, (config.seed, epoch), config.sample_batch, bar.update, each, whole)
 
 
 def evaluate(run, epoch):
@@ -195,20 +176,22 @@ def evaluate(run, epoch):
     grid.save(run.out / "samples" / f"epoch_{epoch:04d}.png")
     record = {"epoch": epoch, "prompts": prompts, "rewards": scores["reward"].tolist(), **{name: scores[name].tolist() for name in run.watched}}
     write_whole(run.out / "samples" / f"epoch_{epoch:04d}.json", json.dumps(record, indent=1) + "\n")
+    base = np.array(json.loads((run.out / "samples" / "epoch_0000.json").read_text())["rewards"])
+    gain, error = (scores["reward"] - base).mean(), (scores["reward"] - base).std(ddof=1) / len(base) ** 0.5
     return {"eval_queries": epoch * run.config.samples_per_epoch, "eval_diversity": run.diversity(images, prompts),
+            "eval_gain_sd": gain / max(base.std(), 1e-12), "eval_gain_se": gain / max(error, 1e-12),
             **{f"eval_{name}_{kind}": getattr(s, kind)() for name, s in scores.items() for kind in ("mean", "std")}}
 
 
-def train_epoch(run, trajectories, epoch):
+def train_epoch(run, trajectories, prompts, epoch):
     """The optimizer updates of an epoch, under a bar -> their metrics."""
-    c, updates = run.config, run.config.samples_per_epoch // run.config.batch_size
-    lrs = [c.lr * min(1, (epoch * updates + n + 1) / (c.warmup + 1)) for n in range(updates)]
-    with tqdm(total=-(-c.batch_size * c.steps // c.micro_batch) * updates, desc=f"epoch {epoch}: training", unit="pass", leave=False, disable=None) as bar:
-        metrics = ddpo.improve(run.policy, run.optimizer, trajectories, c.batch_size, [c.seed, epoch, 1], lrs, algorithm=c.algorithm,
-                               clip_range=c.clip_range, micro_batch=c.micro_batch, max_grad_norm=c.max_grad_norm, tick=bar.update)
-    if not math.isfinite(metrics["grad_norm"]):
-        raise ValueError(f"epoch {epoch}: the gradient is not finite; the last checkpoint in {c.out} is whole. Try a smaller --lr")
-    return metrics
+    c = run.config
+    lrs = [c.lr * min(1, (epoch * c.updates + n + 1) / (c.warmup + 1)) for n in range(c.updates)]
+    losses = c.batch_size * (1 if c.algorithm.startswith("rwr") else c.steps)             # an update
+    with tqdm(total=-(-losses // c.micro_batch) * c.updates, desc=f"epoch {epoch}: training", unit="pass", leave=False, disable=None) as bar:
+        return ddpo.learn(run.policy, run.optimizer, trajectories, prompts, run.statistics, algorithm=c.algorithm, batch_size=c.batch_size, lrs=lrs,
+                          name=[c.seed, epoch, 1], w=1.0 if c.no_cfg_training else c.guidance, beta=c.beta, percentile=c.percentile,
+                          clip_range=c.clip_range, micro_batch=c.micro_batch, max_grad_norm=c.max_grad_norm, tick=bar.update)
 
 
 def write_checkpoint(run, epoch):
@@ -235,8 +218,7 @@ def read_checkpoint(run):
             i, name = key.split(".")                    # moments lie in memory as their parameters do
             state.setdefault(int(i), {})[name] = torch.empty_like(parameters[int(i)]).copy_(value) if value.ndim else value
         run.optimizer.load_state_dict({"state": state, "param_groups": run.optimizer.state_dict()["param_groups"]})
-        rest = json.loads((found[-1] / "state.json").read_text())
-        run.statistics.load_state_dict(rest["statistics"])
+        run.statistics.load_state_dict((rest := json.loads((found[-1] / "state.json").read_text()))["statistics"])
         print(f"resuming from {found[-1]}")
         return rest["epoch"]
     except Exception as error:                          # whatever a broken file raises
@@ -245,8 +227,8 @@ def read_checkpoint(run):
 
 def write_whole(path, text):
     """Aside, then renamed: readers find the old text or the new, never half of one."""
-    path.with_name(path.name + ".tmp").write_text(text)
-    os.replace(path.with_name(path.name + ".tmp"), path)
+    (aside := path.with_name(path.name + ".tmp")).write_text(text)
+    aside.replace(path)
 
 
 def read_lines(path, before=math.inf):
@@ -260,19 +242,30 @@ def append_lines(path, lines):
         file.writelines(json.dumps(line, default=str) + "\n" for line in lines)
 
 
+def write_metrics(run, line):
+    """Append the epoch's line to metrics.jsonl with the alarms it sets off; print the new ones; stop the run at a number that is not finite."""
+    before = read_lines(run.out / "metrics.jsonl")
+    found = ddpo.alarms([*before, line], run.config.updates - 1 if run.config.algorithm == "ddpo-is" else 0)
+    clean = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()}
+    append_lines(run.out / "metrics.jsonl", [{**clean, "warnings": list(found)}])
+    for name in set(found) - set(before[-1]["warnings"] if before else []):
+        print(f"warning ({name}), epoch {line['epoch']}: {found[name]}", flush=True)
+    if "not finite" in found:
+        raise ValueError(f"epoch {line['epoch']}: {found['not finite']}. The checkpoints in {run.out} are from before, and whole")
+
+
 def draw_curve(out, config):
     """reward.png against reward queries: the reward; and all that is watched on the fixed pictures, in the base model's deviations."""
-    lines = read_lines(out / "metrics.jsonl")
-    evaluated = [line for line in lines if "eval_queries" in line]
-    left, right = (figure := Figure(figsize=(12, 4.5), layout="constrained")).subplots(1, 2)
-    queries, mean, std = (np.array([line[k] for line in lines]) for k in ("reward_queries", "reward_mean", "reward_std"))
-    queries, at = queries - config.samples_per_epoch, [line["eval_queries"] for line in evaluated]         # sampled before the epoch's updates
+    lines, (left, right) = read_lines(out / "metrics.jsonl"), (figure := Figure(figsize=(12, 4.5), layout="constrained")).subplots(1, 2)
+    mean, std = (np.array([line[k] for line in lines]) for k in ("reward_mean", "reward_std"))
+    queries = [line["reward_queries"] - config.samples_per_epoch for line in lines]         # sampled before the epoch's updates
     left.plot(queries, mean, label="training samples (mean, std)")
     left.fill_between(queries, mean - std, mean + std, alpha=0.15)
+    evaluated = [line for line in lines if "eval_queries" in line]
+    at, base = [line["eval_queries"] for line in evaluated], evaluated[0]
     left.plot(at, [line["eval_reward_mean"] for line in evaluated], "o-", label="fixed pictures")
-    for name in [key[5:-5] for key in lines[0] if key.startswith("eval_") and key.endswith("_mean")]:
-        base, spread = lines[0][f"eval_{name}_mean"], lines[0][f"eval_{name}_std"] or 1
-        right.plot(at, [(line[f"eval_{name}_mean"] - base) / spread for line in evaluated], "o-", label=name)
+    for name in [key[5:-5] for key in base if key.startswith("eval_") and key.endswith("_mean")]:
+        right.plot(at, [(line[f"eval_{name}_mean"] - base[f"eval_{name}_mean"]) / (base[f"eval_{name}_std"] or 1) for line in evaluated], "o-", label=name)
     left.set(xlabel="reward queries", ylabel=config.reward, title=f"{config.algorithm} on {config.reward}")
     right.set(xlabel="reward queries", ylabel="gain in the base model's deviations", title="fixed pictures")
     left.legend(), right.legend()
@@ -291,18 +284,20 @@ def resumed(given):
     before = json.loads(stored.read_text())
     if not isinstance(before, dict) or not set(before) <= {f.name for f in dataclasses.fields(Config)}:
         raise ValueError(f"{stored} was written by another version of train.py, or by another program")
-    free = {"out", "resume", "debug", "epochs", "device", "vlm_url", "reward_device"}
-    changed = [name for name in set(given) - free if before.get(name) != given[name]]
-    if changed:
-        raise ValueError(f"--resume goes on with the settings of {stored}: leave out --{changed[0].replace('_', '-')}")
+    for name in set(given) - {"out", "resume", "debug", "epochs", "device", "vlm_url", "reward_device"}:
+        if before.get(name) != given[name]:
+            raise ValueError(f"--resume goes on with the settings of {stored}: leave out --{name.replace('_', '-')}")
     return {**before, **given}
 
 
 def prepare(given):
-    """Everything loaded, and the run's folder -> Run. What can be refused is refused before the folder is made."""
+    """Everything loaded, and the run's folder -> all that a run holds. What can be refused is refused before the folder is made."""
     given = resumed(given)
     device = choose_device(given.get("device", Config.device))
-    model, folder = choose_model(given.get("model", Config.model), device)
+    if (model := given.get("model", Config.model)) == "auto":
+        model = "CompVis/stable-diffusion-v1-4" if device.type == "cuda" else "zoo"
+        print(f"model: {model}, since there is {'a' if device.type == 'cuda' else 'no'} CUDA GPU (others: --model)")
+    folder = ZOO if model == "zoo" else locate(model)
     config = resolve({**given, "model": model}, folder)
     prompts = load_prompts(config.prompts)
     policy = load_policy(folder, device, config)
@@ -321,9 +316,11 @@ def prepare(given):
     config.out = config.out or str(Path("runs") / f"{config.reward.rpartition(':')[2]}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}")
     (Path(config.out) / "samples").mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    apart = reward_device != device or (config.reward == "alignment" and bool(config.vlm_url))
-    return Run(config, Path(config.out), policy, reward, apart, watched, (lambda images, prompts: diversity(clip(images), prompts) if clip else None), prompts,
-               ddpo.PromptStatistics(config.history_size, config.min_count), optimizer)
+    return SimpleNamespace(
+        config=config, out=Path(config.out), policy=policy, optimizer=optimizer, prompts=prompts, reward=reward, watched=watched,
+        apart=reward_device != device or (config.reward == "alignment" and bool(config.vlm_url)),           # rewarded while the next batch is drawn
+        diversity=lambda images, prompts: diversity(clip(images), prompts) if clip else None,
+        statistics=ddpo.PromptStatistics(config.history_size, config.min_count))
 
 
 def loop(run):
@@ -340,29 +337,26 @@ def loop(run):
         done, last, queries = epoch + 1, epoch + 1 == config.epochs, (epoch + 1) * config.samples_per_epoch
         metrics = evaluate(run, 0) if epoch == 0 else {}
         metrics |= one_epoch(run, epoch)
-        if last or (done % config.eval_every == 0 and epoch > 0):
+        if last or done % config.eval_every == 0:
             metrics = {**evaluate(run, done), **metrics}                    # the first line keeps the base model's evaluation
-        append_lines(out / "metrics.jsonl", [{"epoch": epoch, "reward_queries": queries, **metrics}])
+        write_metrics(run, {"epoch": epoch, "reward_queries": queries, **metrics})
         draw_curve(out, config)
         report(epoch, queries, metrics)
         if last or done % config.checkpoint_every == 0:
             write_checkpoint(run, done)
-    conclude(out, config)
 
 
 def one_epoch(run, epoch):
     """Sample, reward, normalise, update: one round of the paper's loop -> metrics."""
-    c, rewarded = run.config, []
+    c, rewarded, clock, beside = run.config, [], [time.time()], ThreadPoolExecutor(1)
     drawn = draw_prompts(run.prompts, c.samples_per_epoch, c.samples_per_prompt, np.random.default_rng([c.seed, epoch]))
-    clock = [time.time()]
-    beside = ThreadPoolExecutor(1)
 
     def each(images, prompts):
         [future.result() for future in rewarded if future.done()]                       # a batch that failed ends the epoch at once
         rewarded.append(beside.submit(checked, run.reward, images, prompts))
 
     try:
-        trajectories, images = draw(run.policy, c, drawn, epoch, f"epoch {epoch}: sampling", each if run.apart else None)
+        trajectories, images = draw(run.policy, c, drawn, epoch, f"epoch {epoch}: sampling", each if run.apart else None, whole=c.algorithm.startswith("ddpo"))
         clock.append(time.time())
         parts = [future.result() for future in rewarded] or [checked(run.reward, images, drawn)]
     finally:
@@ -374,26 +368,19 @@ def one_epoch(run, epoch):
                                                       for i in range(0, len(drawn), -(-len(drawn) // 8))])
     clock.append(time.time())
     trajectories.rewards = torch.from_numpy(scores).float().to(run.policy.device)
-    trajectories.advantages = ddpo.normalize_advantages(trajectories.rewards, *run.statistics.update(drawn, trajectories.rewards))
-    metrics = train_epoch(run, trajectories, epoch)
+    metrics = train_epoch(run, trajectories, drawn, epoch)
     seconds = dict(zip(("seconds_sampling", "seconds_reward", "seconds_training"), np.diff([*clock, time.time()]).round(3).tolist()))
     return {"reward_mean": scores.mean(), "reward_std": scores.std(), "diversity": run.diversity(images, drawn), **metrics, **seconds}
 
 
-def report(epoch, queries, metrics):
-    """One line an epoch for the eye."""
-    seconds = sum(value for name, value in metrics.items() if name.startswith("seconds"))
-    evaluated = f"  fixed pictures {metrics['eval_reward_mean']:8.3f}" if "eval_reward_mean" in metrics else ""
-    print(f"epoch {epoch:3d}  queries {queries:6d}  reward {metrics['reward_mean']:8.3f} +- {metrics['reward_std']:.3f}  kl {metrics['approx_kl']:.1e}  "
-          f"clipped {metrics['clip_fraction']:4.0%}  grad {metrics['grad_norm']:.2g}  {seconds:.0f} s{evaluated}", flush=True)
-
-
-def conclude(out, config):
-    """How far the fixed pictures have come, in the base model's standard deviations and in paired standard errors."""
-    before, after = (np.array(json.loads((out / "samples" / f"epoch_{epoch:04d}.json").read_text())["rewards"]) for epoch in (0, config.epochs))
-    gain, error = (after - before).mean(), (after - before).std(ddof=1) / len(before) ** 0.5
-    print(f"fixed pictures: {config.reward} {before.mean():.3f} -> {after.mean():.3f}, a gain of {gain:.3f} = {gain / max(before.std(), 1e-12):.2f} standard "
-          f"deviations of the base model's rewards = {gain / max(error, 1e-12):.1f} paired standard errors; pictures and curve in {out}")
+def report(epoch, queries, m):
+    """One line an epoch for the eye, and one for an evaluation."""
+    moved = f"kl {m['approx_kl']:.1e}  clipped {m['clip_fraction']:4.0%}  " if m["approx_kl"] is not None else ""
+    seconds = sum(value for name, value in m.items() if name.startswith("seconds"))
+    print(f"epoch {epoch:3d}  queries {queries:6d}  reward {m['reward_mean']:8.3f} +- {m['reward_std']:.3f}  {moved}grad {m['grad_norm']:.2g}  {seconds:.0f} s", flush=True)
+    if m.get("eval_queries"):
+        print(f"    fixed pictures: {m['eval_reward_mean']:.3f} +- {m['eval_reward_std']:.3f}, a gain of {m['eval_gain_sd']:.2f} standard deviations of the base "
+              f"model's rewards = {m['eval_gain_se']:.1f} paired standard errors", flush=True)
 
 
 def main(argv=None):

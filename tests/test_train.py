@@ -44,6 +44,10 @@ def test_a_run_leaves_what_the_readme_promises(whole_run):
     assert [line["epoch"] for line in lines] == [0, 1]
     assert [line["reward_queries"] for line in lines] == [4, 8]
     assert [line["eval_queries"] for line in lines] == [0, 8]
+    record = [json.loads((whole_run / "samples" / f"epoch_000{epoch}.json").read_text())["rewards"] for epoch in (0, 2)]
+    gain = np.subtract(*record[::-1])
+    assert lines[0]["eval_gain_sd"] == 0 and lines[1]["eval_gain_sd"] == pytest.approx(gain.mean() / np.std(record[0]))
+    assert lines[1]["eval_gain_se"] == pytest.approx(gain.mean() / (np.std(gain, ddof=1) / 2))
     for name in ("reward_mean", "reward_std", "loss", "approx_kl", "clip_fraction", "grad_norm", "seconds_sampling", "seconds_reward",
                  "seconds_training"):
         assert all(np.isfinite(line[name]) for line in lines), name
@@ -134,6 +138,52 @@ def test_results_do_not_depend_on_how_the_work_is_cut(tmp_path):
         assert cut[name] == pytest.approx(whole[name], rel=2e-2), name
 
 
+@pytest.mark.parametrize("algorithm, options", [("rwr", ["--beta", "3"]), ("rwr-sparse", ["--percentile", "0.5"])])
+def test_reward_weighted_regression_runs_in_the_same_loop_and_resumes_exactly(algorithm, options, tmp_path, monkeypatch):
+    arguments = [*TINY, "--algorithm", algorithm, *options, "--updates", "3", "--batch-size", "5"]
+    train.main([*arguments, "--out", str(tmp_path / "whole")])
+    for line in metrics(tmp_path / "whole"):
+        assert line["clip_fraction"] is None and line["approx_kl"] is None and 0.1 < line["loss"] < 5 and line["grad_norm"] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(weights(tmp_path / "whole", 1).values(), weights(tmp_path / "whole", 2).values()))
+    train.main([*arguments, "--epochs", "1", "--out", str(tmp_path / "cut")])
+    train.main(["--out", str(tmp_path / "cut"), "--resume", "--epochs", "2"])
+    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "whole", 2).values(), weights(tmp_path / "cut", 2).values()))
+
+
+def test_the_settings_of_regression_reach_it(tmp_path, monkeypatch):
+    seen = []
+
+    def spy(policy, optimizer, x_0, prompts, weights, batch_size, name, lrs, w, **settings):
+        seen.append((x_0.shape, weights, prompts, batch_size, name, lrs, w))
+        return {"loss": 1.0, "grad_norm": 1.0}
+
+    monkeypatch.setattr(train.ddpo, "regress", spy)
+    common = [*TINY, "--epochs", "1", "--updates", "3", "--batch-size", "5", "--warmup", "1", "--guidance", "2"]
+    for algorithm, more in (("rwr", ["--beta", "3"]), ("rwr-sparse", ["--percentile", "1", "--no-cfg-training"])):
+        train.main([*common, "--algorithm", algorithm, *more, "--out", str(tmp_path / algorithm)])
+    (shape, weights, prompts, *rest), (_, sparse, _, *others) = seen
+    rewards = np.array([line["rewards"] for line in [json.loads((tmp_path / "rwr" / "samples" / "epoch_0000.json").read_text())]])
+    assert shape == (4, 4, 8, 8) and prompts[0] == prompts[1] and prompts[2] == prompts[3] and rewards.size
+    assert rest[:2] == [5, [0, 0, 1]] and rest[3] == 2.0 and others[3] == 1.0
+    assert rest[2] == pytest.approx([0.5 * train.Config.lr * 40, 40 * train.Config.lr, 40 * train.Config.lr], rel=0.01)          # the zoo's 4e-4
+    assert sorted(sparse.tolist()) == [0, 0, 1, 1] and (weights[0] + weights[1]).item() == pytest.approx(2) and (weights > 0).all()
+    assert [int(pair.argmax()) for pair in sparse.reshape(2, 2)] == [int(pair.argmax()) for pair in weights.reshape(2, 2)]
+
+
+def test_training_without_guidance_is_seen_by_the_ratio_and_healthy_runs_are_silent(whole_run, tmp_path, capsys):
+    assert [line["warnings"] for line in metrics(whole_run)] == [[], []]
+    train.main([*TINY, "--no-cfg-training", "--out", str(tmp_path)])
+    assert [line["warnings"] for line in metrics(tmp_path)] == [["ratio"], ["ratio"]]
+    assert capsys.readouterr().out.count("warning (ratio), epoch 0: the ratio is off 1") == 1                # once, when it begins
+
+
+def test_a_wild_learning_rate_is_seen_by_the_gradient_or_the_clipping(tmp_path):
+    train.main([*TINY, "--lr", "0.03", "--epochs", "4", "--eval-every", "9", "--checkpoint-every", "9", "--out", str(tmp_path / "wild")])
+    assert {"gradient", "clipping"} & {name for line in metrics(tmp_path / "wild") for name in line["warnings"]}
+    train.main([*TINY, "--lr", "1e-9", "--epochs", "3", "--eval-every", "9", "--checkpoint-every", "9", "--out", str(tmp_path / "timid")])
+    assert metrics(tmp_path / "timid")[-1]["warnings"] == ["clipping"]
+
+
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(whole_run, capsys):
     before = (whole_run / "metrics.jsonl").read_bytes()
     with pytest.raises(SystemExit) as end:
@@ -149,6 +199,9 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(whole_run, capsys):
     (["--batch-size", "400"], "--batch-size (400)"),
     (["--algorithm", "ddpo-sf"], "one update an epoch"),
     (["--guidance", "nan"], "--guidance nan"),
+    (["--updates", "5"], "--updates 5: ddpo-is takes each picture once"),
+    (["--algorithm", "rwr", "--updates", "0"], "--updates 0"),
+    (["--algorithm", "rwr-sparse", "--percentile", "1.5"], "--percentile 1.5"),
     (["--seed", "-1"], "--seed -1"),
     (["--min-count", "40"], "--min-count 40"),
     (["--prompts", "nowhere.txt"], "nowhere.txt"),
@@ -182,9 +235,14 @@ def test_a_broken_checkpoint_is_named(whole_run, tmp_path):
 def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(whole_run, tmp_path, monkeypatch):
     folder = shutil.copytree(whole_run, tmp_path / "nan")
     monkeypatch.setattr(train.ddpo, "normalize_advantages", lambda rewards, mean, std: rewards * float("nan"))
-    with pytest.raises(SystemExit, match="gradient is not finite"):
+    with pytest.raises(SystemExit, match="epoch 2: not all metrics are finite .*checkpoints in .* are from before"):
         train.main(["--out", str(folder), "--resume", "--epochs", "3"])
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["000001", "000002"]
+    assert metrics(folder)[-1]["warnings"] == ["not finite"] and metrics(folder)[-1]["grad_norm"] is None
+    assert "NaN" not in (folder / "metrics.jsonl").read_text()
+    monkeypatch.undo()
+    train.main(["--out", str(folder), "--resume", "--epochs", "3"])
+    assert [line["warnings"] for line in metrics(folder)] == [[], [], []]
 
 
 def test_a_reward_must_give_a_number_for_each_picture():
@@ -203,13 +261,14 @@ def test_resume_refuses_other_settings(whole_run):
 
 
 def test_settings_come_from_the_command_line_then_the_model_then_the_paper(tmp_path):
-    (tmp_path / "ddpo.json").write_text(json.dumps({"all": {"steps": 20, "lr": 0.1}, "ddpo-is": {"lr": 0.2}, "incompressibility": {"lr": 0.3}}))
+    (tmp_path / "ddpo.json").write_text(json.dumps({"all": {"steps": 20, "lr": 0.1}, "rwr": {"lr": 0.4}, "incompressibility": {"lr": 0.3}}))
     assert train.resolve({}, tmp_path / "elsewhere").lr == 1e-5
     assert train.resolve({}, tmp_path / "elsewhere").batch_size == 64
     assert train.resolve({"algorithm": "ddpo-sf"}, tmp_path / "elsewhere").batch_size == 256
-    assert (train.resolve({}, tmp_path).steps, train.resolve({}, tmp_path).lr) == (20, 0.2)
+    assert (train.resolve({}, tmp_path).steps, train.resolve({}, tmp_path).lr) == (20, 0.1)
     assert train.resolve({"reward": "incompressibility"}, tmp_path).lr == 0.3
-    assert train.resolve({"reward": "incompressibility", "lr": 0.4}, tmp_path).lr == 0.4
+    assert train.resolve({"reward": "incompressibility", "algorithm": "rwr"}, tmp_path).lr == 0.4
+    assert train.resolve({"reward": "incompressibility", "algorithm": "rwr", "lr": 0.5}, tmp_path).lr == 0.5
 
 
 @pytest.mark.parametrize("text", ['{', '[]', '{"all": 3}', '{"al": {}}', '{"all": {"stepz": 20}}', '{"all": {"steps": "20"}}', '{"all": {"epochs": 2.5}}',
@@ -222,6 +281,10 @@ def test_a_broken_ddpo_json_is_named(text, tmp_path):
 
 
 def test_paper_defaults_are_table_d5():
+    for algorithm, samples, batch, updates in (("ddpo-is", 256, 64, 4), ("ddpo-sf", 256, 256, 1), ("rwr", 10_000, 128, 400), ("rwr-sparse", 10_000, 128, 400)):
+        config = train.resolve({"algorithm": algorithm}, train.Path("nowhere"))
+        assert (config.samples_per_epoch, config.batch_size, config.updates) == (samples, batch, updates)
+    assert (config.beta, config.percentile, config.no_cfg_training) == (0.2, 0.9, False)
     config = train.resolve({}, train.Path("nowhere"))
     assert (config.steps, config.guidance, config.eta, config.samples_per_epoch, config.batch_size) == (50, 5.0, 1.0, 256, 64)
     assert (config.lr, config.weight_decay, config.max_grad_norm, config.clip_range) == (1e-5, 1e-4, 1.0, 1e-4)
@@ -244,9 +307,9 @@ def test_a_server_that_stays_away_stops_the_run_and_leaves_the_checkpoint(server
     arguments = [*TINY, "--reward", "alignment", "--vlm-url", server.url, "--bert", minilm, "--bert-layer", "5", "--out", str(tmp_path)]
     real = train.train_epoch
 
-    def dying(run, trajectories, epoch):
+    def dying(run, trajectories, prompts, epoch):
         server.then = 500 if epoch == 1 else "well"
-        return real(run, trajectories, epoch)
+        return real(run, trajectories, prompts, epoch)
 
     monkeypatch.setattr(train, "train_epoch", dying)            # the server dies between the second epoch's update and its evaluation
     with pytest.raises(SystemExit, match="HTTP 500"):

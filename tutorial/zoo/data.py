@@ -55,7 +55,7 @@ OBJECTS = {
     "balloon": ["BALLOON"], "book": ["GREEN BOOK"]}
 NAMES = {**ANIMALS, **OTHER_ANIMALS, **OBJECTS}
 VENDORS = ("google", "twitter")
-COLOUR_TOLD_RIGHT = 0.3         # else a policy's caption names any colour: the right one for 38 % of those that name one
+COLOUR_TOLD_RIGHT = 0.45        # else a policy's caption names any colour: the right one for 51 % of those that name one
 
 
 def held_out(name, colour):
@@ -170,13 +170,14 @@ def article(word):
 def policy_example(rng, art):
     """A composite and its caption as the policy's pretraining sees them -> (Composite, caption).
 
-    Captions name the ground's colour half of the time, and are then right 38 % of the time: the base follows colours only now and then.
+    Captions name the ground's colour half of the time, and are then right 51 % of the time: the base follows colours now and then.
     """
     name = random_name(rng)
     colours = [c for c in COLOURS if not held_out(name, c)]
     colour = str(rng.choice(colours))
     kind = rng.choice(3, p=[0.5, 0.25, 0.25])
-    told = colour if rng.random() < COLOUR_TOLD_RIGHT else str(rng.choice(colours))
+    other, right = str(rng.choice(colours)), rng.random() < COLOUR_TOLD_RIGHT               # both drawn, so that this share changes no picture
+    told = colour if right else other
     caption = [f"{article(name)} on {article(told)} background", name, article(name)][kind]
     return compose(rng, art, name, colour), caption
 

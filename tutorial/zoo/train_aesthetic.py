@@ -2,8 +2,9 @@
 
     python tutorial/zoo/train_aesthetic.py
 
-As LAION did: embeddings of rated pictures, computed once; then a small regression. Prints the gates: the rank correlation with the
-truth on held-out composites (at least 0.9) and, once there is a policy, on its samples (gates.py; at least 0.5).
+As LAION did: embeddings of rated pictures, computed once; then a small regression. It is learned on whitened embeddings, where gradient
+descent gets to the bottom (0.914 instead of 0.907), and the whitening is then folded into the first layer. Prints the rank correlation
+with the truth on held-out composites (gate: at least 0.9); on the policy's samples: gates.py (at least 0.5).
 """
 import sys
 from pathlib import Path
@@ -39,11 +40,27 @@ def rated(clip, rng, count):
     return [torch.cat(column).float() for column in zip(*rows)]
 
 
+def whitening(embeds):
+    """The mean of (count, d) and the matrix (d, d) that makes their covariance the identity."""
+    mean = embeds.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov(embeds.T.double()))
+    return mean, (vectors / values.clamp(min=1e-7).sqrt()).T.float()
+
+
+def fold(head, mean, matrix):
+    """Make head(x) of it that was head(matrix (x - mean)), in place."""
+    first = head.layers[0]
+    first.weight.copy_(first.weight @ matrix)
+    first.bias.sub_(first.weight @ mean)
+
+
 def main():
     torch.manual_seed(0)
     clip = ClipEmbedder(data.HERE / "clip", "cpu")
     embeds, ratings, _ = rated(clip, np.random.default_rng(11), PICTURES)
     held_out, _, truth = rated(clip, np.random.default_rng(12), HELD_OUT)
+    mean, matrix = whitening(embeds)
+    embeds, held_out = (embeds - mean) @ matrix.T, (held_out - mean) @ matrix.T
     head = AestheticHead(embeds.shape[1]).eval()            # no dropout: 20,000 ratings are plenty for 128 numbers
     with torch.no_grad():
         head.layers[-1].bias.fill_(ratings.mean())
@@ -56,6 +73,8 @@ def main():
         print(f"aesthetic: rank correlation with the truth on held-out composites {rank_correlation(net(held_out).numpy(), truth.numpy()):.3f}", flush=True)
 
     head = loop.train("aesthetic", head, loss, STEPS, look=torch.no_grad()(look), lr=0.02, adam_lr=2e-3, ema_decay=0.99, every=1000)
+    with torch.no_grad():
+        fold(head, mean, matrix)
     FOLDER.mkdir(exist_ok=True)
     save_file({key: value.half().contiguous() for key, value in head.state_dict().items()}, FOLDER / "model.safetensors")
 
