@@ -125,17 +125,19 @@ class Policy:
         `each(images, prompts)`, where given, is called with every batch as soon as it is drawn. Unless `whole`, of the latents only
         x_0 is kept (B, 1, 4, h, w), and no embeddings: all that RWR and evaluation need, where 10,000 trajectories of SD v1.4 would take 36 GB.
         """
-        side, parts, images = self.unet.config["sample_size"], [], []
+        side, parts, images = self.unet.config["sample_size"], [], None
         for start in range(0, len(prompts), batch):
             some = prompts[start:start + batch]
             noise = torch.stack([named_noise((self.unet.config["in_channels"], side, side), self.T + 1, *name, start + i) for i in range(len(some))])
             parts.append(sample(self.unet, self.scheduler, self.embed(some), self.embed([""]), noise.to(self.device), self.T, self.eta, self.w, tick))
-            images.append(self.decode(parts[-1].latents[:, -1]))
+            drawn = self.decode(parts[-1].latents[:, -1])
+            images = np.empty((len(prompts), *drawn.shape[1:]), np.uint8) if images is None else images
+            images[start:start + batch] = drawn
             if not whole:
                 parts[-1].latents, parts[-1].prompt_embeds = parts[-1].latents[:, -1:].clone(), None
             if each:
-                each(images[-1], some)
-        return Trajectories.cat(parts), np.concatenate(images)
+                each(drawn, some)
+        return Trajectories.cat(parts), images
 
     @torch.no_grad()
     def decode(self, latents):

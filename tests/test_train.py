@@ -97,7 +97,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, tmp_path, monkeypa
     assert all(torch.equal(one[key], other[key]) for key in other)
 
 
-def test_the_evaluation_pictures_are_fixed_and_the_first_line_keeps_the_bases(tmp_path):
+def test_the_evaluation_pictures_are_fixed_and_the_first_line_keeps_the_bases(tmp_path, capsys):
     """With a learning rate of nothing the pictures of the last epoch are those of the first; the training samples are others."""
     train.main([*TINY, "--lr", "1e-11", "--out", str(tmp_path / "still")])
     before, after = (np.asarray(Image.open(tmp_path / "still" / "samples" / f"epoch_000{epoch}.png")).astype(int) for epoch in (0, 2))
@@ -105,6 +105,7 @@ def test_the_evaluation_pictures_are_fixed_and_the_first_line_keeps_the_bases(tm
     first, second = metrics(tmp_path / "still")
     assert first["eval_reward_mean"] == pytest.approx(second["eval_reward_mean"], abs=0.01) and abs(first["reward_mean"] - second["reward_mean"]) > 0.02
     train.main([*TINY, "--epochs", "1", "--out", str(tmp_path / "one")])
+    assert "fixed pictures: " in capsys.readouterr().out
     assert metrics(tmp_path / "one")[0]["eval_queries"] == 0 and (tmp_path / "one" / "samples" / "epoch_0001.png").is_file()
 
 
@@ -154,20 +155,22 @@ def test_the_settings_of_regression_reach_it(tmp_path, monkeypatch):
     seen = []
 
     def spy(policy, optimizer, x_0, prompts, weights, batch_size, name, lrs, w, **settings):
-        seen.append((x_0.shape, weights, prompts, batch_size, name, lrs, w))
+        seen.append((x_0.shape, weights, prompts, batch_size, name, lrs, w, settings["micro_batch"], settings["max_grad_norm"]))
         return {"loss": 1.0, "grad_norm": 1.0}
 
     monkeypatch.setattr(train.ddpo, "regress", spy)
+    rwr_weights, asked = train.ddpo.rwr_weights, []
+    monkeypatch.setattr(train.ddpo, "rwr_weights", lambda prompts, rewards, beta: asked.append((beta, rewards)) or rwr_weights(prompts, rewards, beta))
     common = [*TINY, "--epochs", "1", "--updates", "3", "--batch-size", "5", "--warmup", "1", "--guidance", "2"]
-    for algorithm, more in (("rwr", ["--beta", "3"]), ("rwr-sparse", ["--percentile", "1", "--no-cfg-training"])):
-        train.main([*common, "--algorithm", algorithm, *more, "--out", str(tmp_path / algorithm)])
-    (shape, weights, prompts, *rest), (_, sparse, _, *others) = seen
-    rewards = np.array([line["rewards"] for line in [json.loads((tmp_path / "rwr" / "samples" / "epoch_0000.json").read_text())]])
-    assert shape == (4, 4, 8, 8) and prompts[0] == prompts[1] and prompts[2] == prompts[3] and rewards.size
-    assert rest[:2] == [5, [0, 0, 1]] and rest[3] == 2.0 and others[3] == 1.0
-    assert rest[2] == pytest.approx([0.5 * train.Config.lr * 40, 40 * train.Config.lr, 40 * train.Config.lr], rel=0.01)          # the zoo's 4e-4
-    assert sorted(sparse.tolist()) == [0, 0, 1, 1] and (weights[0] + weights[1]).item() == pytest.approx(2) and (weights > 0).all()
-    assert [int(pair.argmax()) for pair in sparse.reshape(2, 2)] == [int(pair.argmax()) for pair in weights.reshape(2, 2)]
+    for algorithm, more in (("rwr", ["--beta", "3"]), ("rwr-sparse", ["--percentile", "1", "--no-cfg-training"]), ("rwr-sparse", ["--percentile", "0"])):
+        train.main([*common, "--algorithm", algorithm, *more, "--max-grad-norm", "0.7", "--lr", "0.01", "--out", str(tmp_path / "".join(more))])
+    (shape, weights, prompts, *rest), (_, sparse, _, *others), (_, all_kept, *_) = seen
+    assert shape == (4, 4, 8, 8) and prompts[0] == prompts[1] and prompts[2] == prompts[3]
+    assert rest == [5, [0, 0, 1], pytest.approx([0.005, 0.01, 0.01]), 2.0, 4, 0.7] and others[3] == 1.0
+    beta, rewards = asked[0]
+    assert beta == 3 and (weights[0] / weights[1]).log().item() == pytest.approx(3 * (rewards[0] - rewards[1]).item(), rel=1e-4)
+    assert [int(pair.argmax()) for pair in sparse.reshape(2, 2)] == [int(pair.argmax()) for pair in rewards.reshape(2, 2)]
+    assert sorted(sparse.tolist()) == [0, 0, 1, 1] and all_kept.tolist() == [1] * 4
 
 
 def test_training_without_guidance_is_seen_by_the_ratio_and_healthy_runs_are_silent(whole_run, tmp_path, capsys):
@@ -193,7 +196,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(whole_run, capsys):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--eta", "0"], "--eta 0: must be above 0"),
+    (["--eta", "0"], "--eta 0: at most 1, and for DDPO above 0"),
     (["--epochs", "0"], "--epochs 0"),
     (["--batch-size", "3"], "multiple"),
     (["--batch-size", "400"], "--batch-size (400)"),
@@ -235,13 +238,13 @@ def test_a_broken_checkpoint_is_named(whole_run, tmp_path):
 def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(whole_run, tmp_path, monkeypatch):
     folder = shutil.copytree(whole_run, tmp_path / "nan")
     monkeypatch.setattr(train.ddpo, "normalize_advantages", lambda rewards, mean, std: rewards * float("nan"))
-    with pytest.raises(SystemExit, match="epoch 2: not all metrics are finite .*checkpoints in .* are from before"):
+    with pytest.raises(SystemExit, match="epoch 2: not all metrics are finite .* --resume from .*000002"):
         train.main(["--out", str(folder), "--resume", "--epochs", "3"])
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["000001", "000002"]
     assert metrics(folder)[-1]["warnings"] == ["not finite"] and metrics(folder)[-1]["grad_norm"] is None
     assert "NaN" not in (folder / "metrics.jsonl").read_text()
     monkeypatch.undo()
-    train.main(["--out", str(folder), "--resume", "--epochs", "3"])
+    train.main(["--out", str(folder), "--resume", "--epochs", "3", "--lr", "1e-5"])                # as the line says
     assert [line["warnings"] for line in metrics(folder)] == [[], [], []]
 
 
@@ -256,8 +259,8 @@ def test_a_reward_must_give_a_number_for_each_picture():
 
 def test_resume_refuses_other_settings(whole_run):
     with pytest.raises(SystemExit) as end:
-        train.main(["--out", str(whole_run), "--resume", "--lr", "0.5"])
-    assert "leave out --lr" in str(end.value)
+        train.main(["--out", str(whole_run), "--resume", "--guidance", "0.5"])
+    assert "leave out --guidance" in str(end.value)
 
 
 def test_settings_come_from_the_command_line_then_the_model_then_the_paper(tmp_path):

@@ -4,12 +4,16 @@
     python tutorial/experiments.py fig4             # one of them (and the search that it takes its settings from)
     python tutorial/experiments.py --quick          # does everything still run? Two epochs a cell; shows nothing else
 
-A run lies in a folder of its own, runs/experiments/<experiment>/<cell>: one that is finished is not run again, one that broke off goes on.
+A run lies in a folder of its own, runs/experiments/<experiment>/<cell>: one that is finished is not run again, one that broke off goes on
+from its last checkpoint. Delete the folder when the zoo's weights or the code have changed: only settings are compared.
 Tables go into experiments.md between their marks, pictures beside it; the words around them are a person's.
 """
 import argparse
+import dataclasses
 import json
+import math
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,26 +36,25 @@ QUERIES, COST = 512, 0.15                           # the search's budget a cell
 SMOKE = "--epochs 2 --steps 2 --samples-per-epoch 32 --eval-samples 4 --micro-batch 32 --sample-batch 32"
 
 
-def finished(folder):
-    """Whether the run in `folder` has all its epochs behind it."""
-    return (folder / "config.json").is_file() and len(lines_of(folder)) == json.loads((folder / "config.json").read_text())["epochs"]
-
-
 def lines_of(folder):
     """The metrics of a run, an epoch each."""
     return train.read_lines(folder / "metrics.jsonl")
 
 
+def diverged(folder):
+    return any("not finite" in line["warnings"] for line in lines_of(folder))
+
+
 def run(folder, arguments):
     """`python train.py <arguments>` in a folder of its own -> the folder. Nothing to do where it is finished; resumed where it broke off."""
-    if (folder / "config.json").is_file():
-        before, given = json.loads((folder / "config.json").read_text()), train.parse(shlex.split(arguments))
-        if other := [name for name in given if before.get(name) != given[name]]:
-            raise SystemExit(f"{folder} holds a run with another --{other[0].replace('_', '-')}: move it away, or delete it")
-    if not finished(folder):
-        command = [sys.executable, str(ROOT / "train.py"), "--out", str(folder), *(["--resume"] if (folder / "config.json").is_file() else shlex.split(arguments))]
+    wanted = dataclasses.asdict(train.resolve({**train.parse(shlex.split(arguments)), "out": str(folder)}, train.ZOO))
+    before = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else None
+    if other := [name for name in wanted if before and before.get(name) != wanted[name] and name != "resume"]:
+        raise SystemExit(f"{folder} holds a run with another {other[0]}: move it away, or delete it")
+    if not before or (len(lines_of(folder)) < wanted["epochs"] and not diverged(folder)):
         print(f"\n$ python train.py {arguments} --out {folder}", flush=True)
-        if subprocess.run(command).returncode:
+        command = [sys.executable, str(ROOT / "train.py"), "--out", str(folder), *(["--resume"] if before else shlex.split(arguments))]
+        if subprocess.run(command).returncode and not diverged(folder):
             raise SystemExit(f"{folder}: the run stopped (see above); the same command goes on with it")
     for optimizer in folder.glob("checkpoints/*/optimizer.safetensors"):               # two thirds of the disk space, of no more use
         optimizer.unlink()
@@ -62,7 +65,8 @@ def length(algorithm, settings, quick, *more, queries=QUERIES):
     """The options that say how long a cell runs: `queries` pictures, or next to nothing."""
     if quick:
         return SMOKE + (" --updates 2 --batch-size 16" if algorithm.startswith("rwr") else "")
-    return " ".join([f"--epochs {queries // per_epoch(settings)} --checkpoint-every 1000", *more])
+    epochs = queries // per_epoch(settings)
+    return " ".join([f"--epochs {epochs} --checkpoint-every {epochs // 4}", *more])
 
 
 def per_epoch(settings):
@@ -77,7 +81,9 @@ def evaluations(folder):
 
 
 def judged(folder):
-    """A finished run's gain in the base's standard deviations and in paired standard errors, the judge before and after."""
+    """A finished run's gain in the base's standard deviations and in paired standard errors, the judge before and after; one that diverged has lost all."""
+    if diverged(folder):
+        return -math.inf, -math.inf, 1, 0
     first, *_, last = [line for line in lines_of(folder) if "eval_queries" in line]
     return last["eval_gain_sd"], last["eval_gain_se"], first["eval_judged_right_mean"], last["eval_judged_right_mean"]
 
@@ -156,8 +162,11 @@ def write(name, figure, text, quick, out):
     print(f"\n{name}\n{text}", flush=True)
     page, begin, end = Path(__file__).with_suffix(".md"), f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
     if not quick:
-        before, _, rest = page.read_text().partition(begin)
-        page.write_text(f"{before}{begin}{text}\n{end}{rest.partition(end)[2]}")
+        before, found, rest = page.read_text().partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise SystemExit(f"{page} has lost its marks {begin.strip()} and {end.strip()}: put them back")
+        page.write_text(f"{before}{begin}{text}\n{end}{after}")
 
 
 def main(argv=None):
@@ -168,8 +177,13 @@ def main(argv=None):
     if unknown := set(given.experiments) - set(EXPERIMENTS):
         parser.error(f"{', '.join(unknown)}: there are {', '.join(EXPERIMENTS)}")
     out = ROOT / "runs" / ("quick" if given.quick else "experiments")
-    for name in given.experiments or EXPERIMENTS:
-        write(name, *EXPERIMENTS[name](out, given.quick), given.quick, out)
+    if given.quick:
+        shutil.rmtree(out, ignore_errors=True)          # nothing is skipped
+    try:
+        for name in given.experiments or EXPERIMENTS:
+            write(name, *EXPERIMENTS[name](out, given.quick), given.quick, out)
+    except (KeyboardInterrupt, ValueError) as error:
+        raise SystemExit(f"experiments.py: {error or 'stopped; the same command goes on'}") from None
 
 
 if __name__ == "__main__":
