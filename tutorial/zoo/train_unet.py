@@ -26,7 +26,7 @@ from scheduler import Scheduler, add_noise, expand
 from unet import VAE, UNet, load, save
 
 FOLDER = data.HERE / "stable-diffusion"
-PICTURES, STEPS, BATCH, DROP = 32_000, 4000, 128, 0.15
+PICTURES, STEPS, BATCH, DROP = 32_000, 5400, 128, 0.15
 CONFIG = {"act_fn": "silu", "attention_head_dim": 4, "block_out_channels": [64, 128, 160], "center_input_sample": False,
           "cross_attention_dim": 128, "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
           "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 1,
