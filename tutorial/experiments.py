@@ -30,8 +30,8 @@ COMMON = "--model zoo --device cpu --reward compressibility"
 SEARCH = {
     "ddpo-is": ("--warmup 4 --samples-per-epoch 64", "--lr", ("2e-4", "4e-4", "8e-4"), "--batch-size", ("16", "32")),
     "ddpo-sf": ("--warmup 4", "--lr", ("4e-4", "8e-4", "1.6e-3"), "--samples-per-epoch", ("32", "64")),
-    "rwr": ("--warmup 4 --samples-per-epoch 128 --batch-size 64 --updates 40", "--lr", ("1e-4", "2e-4", "4e-4"), "--beta", ("5", "20")),
-    "rwr-sparse": ("--warmup 4 --samples-per-epoch 128 --batch-size 64 --updates 40", "--lr", ("1e-4", "2e-4", "4e-4"), "--percentile", ("0.5", "0.9"))}
+    "rwr": ("--warmup 4 --samples-per-epoch 128 --batch-size 64 --updates 24", "--lr", ("1e-4", "2e-4", "4e-4"), "--beta", ("5", "20")),
+    "rwr-sparse": ("--warmup 4 --samples-per-epoch 128 --batch-size 64 --updates 24", "--lr", ("1e-4", "2e-4", "4e-4"), "--percentile", ("0.5", "0.9"))}
 QUERIES, COST = 512, 0.15                           # the search's budget a cell; how many pictures the judge may lose to the winner
 SMOKE = "--epochs 2 --steps 2 --samples-per-epoch 32 --eval-samples 4 --micro-batch 32 --sample-batch 32"
 
