@@ -15,11 +15,12 @@ scheduler.py; the reward r(x_0, c) comes once, at the end. In reading order:
 
 Deviations from the paper's text, and why:
 - Log-probabilities are means over the latent's dimensions (see scheduler.py), and losses are means over the T timesteps where the paper
-  writes sums. As in the authors' code. Effect: the gradient is scaled by 1/(D T).
+  writes sums. As in the authors' code. Effect: DDPO_SF's gradient is 1/(D T) of the paper's; DDPO_IS's ratio is the D-th root of the paper's,
+  so that a clip range holds for one D only.
 - The paper clips the ratio by a trust region "as in PPO"; here, as in the authors' code: clipped ratio, pessimistic minimum, no value
   function, no entropy bonus.
 - Advantages are clipped at +-10 (the authors' JAX code; their PyTorch code takes 5).
-- Noise comes from a generator seeded by (seed, epoch, sample), not from one stream: results don't depend on batch sizes.
+- Noise comes from a generator seeded by (seed, epoch, sample), not from one stream: results depend on batch sizes by rounding only.
 - RWR trains on the sampled x_0 itself; the authors' code encodes the finished picture again, through the VAE. Effect: none of the VAE's
   errors in the data. RWR-sparse never draws a sample of weight 0 for a batch (its gradient is 0), so that a batch is all signal.
 """
@@ -58,7 +59,10 @@ def named_noise(shape, count, *name):
 
 @dataclass
 class Trajectories:
-    """A batch of rollouts: all that sampling hands to training. float32, wherever and however the networks compute."""
+    """A batch of rollouts: all that sampling hands to training. float32, wherever and however the networks compute.
+
+    Of the latents only x_0 (B, 1, 4, h, w), and no prompt_embeds, where `Policy.sample` is not asked for whole trajectories.
+    """
     latents: torch.Tensor           # (B, T+1, 4, h, w): x_T first, x_0 last
     log_probs: torch.Tensor         # (B, T): log p(x_{t-1} | x_t, c) under the policy that sampled
     timesteps: torch.Tensor         # (T,)
@@ -147,14 +151,15 @@ class Policy:
 
 
 def normalize_advantages(rewards, mean, std, limit=10.0):
-    """A = (r - mean) / std, clipped to +-limit. Sec. 5.1, App. D. All (B,), mean and std those of each sample's prompt."""
+    """A = (r - mean) / std, clipped to +-limit. App. D.3. All (B,), mean and std those of each sample's prompt."""
     return ((rewards - mean) / (std + 1e-6)).clamp(-limit, limit)
 
 
 class PromptStatistics:
     """Running mean and standard deviation of the reward of each prompt, over its last `size` rewards, this epoch's included.
 
-    A prompt with fewer than `min_count` rewards so far is normalised by the whole batch instead. App. D: size 32, min_count 16.
+    A prompt with fewer than `min_count` rewards (this epoch's counted) takes the mean and std of all this epoch's rewards instead. App. D.3; the
+    numbers 32 and 16 are those of the authors' code.
     """
 
     def __init__(self, size=32, min_count=16):
@@ -162,10 +167,10 @@ class PromptStatistics:
 
     def update(self, prompts, rewards):
         """Take in an epoch's rewards -> the mean and std for each of its samples. prompts: B strings, rewards (B,) -> (B,), (B,)."""
-        batch = rewards.tolist()
-        for prompt, reward in zip(prompts, batch, strict=True):
+        everyone = rewards.tolist()
+        for prompt, reward in zip(prompts, everyone, strict=True):
             self.history.setdefault(prompt, deque(maxlen=self.size)).append(reward)
-        rows = [self.history[p] if len(self.history[p]) >= self.min_count else batch for p in prompts]
+        rows = [self.history[p] if len(self.history[p]) >= self.min_count else everyone for p in prompts]
         mean = torch.tensor([np.mean(row) for row in rows], dtype=torch.float32)
         std = torch.tensor([np.std(row) for row in rows], dtype=torch.float32)
         return mean.to(rewards.device), std.to(rewards.device)
@@ -180,7 +185,7 @@ class PromptStatistics:
 def reinforce_loss(log_prob, advantages):
     """DDPO_SF, the score-function estimator of Sec. 4.3: its gradient is -E[A grad log p_theta(x_{t-1} | x_t, c)].
 
-    Unbiased for data of the current policy only, hence one update an epoch. log_prob, advantages (B,) -> (B,), a loss a pair.
+    Valid for data of the current policy only, hence one update an epoch. log_prob, advantages (B,) -> (B,), a loss a pair.
     """
     return -advantages * log_prob
 
@@ -188,7 +193,7 @@ def reinforce_loss(log_prob, advantages):
 def ppo_loss(log_prob, log_prob_old, advantages, clip_range):
     """DDPO_IS, the importance-sampling estimator of Sec. 4.3 with PPO's clipped trust region.
 
-        ratio = p_theta(x_{t-1} | x_t, c) / p_theta_old(x_{t-1} | x_t, c)
+        ratio = (p_theta(x_{t-1} | x_t, c) / p_theta_old(x_{t-1} | x_t, c))^(1/D)         since log_prob is a mean over the D dimensions
         loss  = -min(ratio A, clip(ratio, 1 - clip_range, 1 + clip_range) A)
 
     log_prob, log_prob_old, advantages (B,) -> losses (B,), ratios (B,).
@@ -199,7 +204,9 @@ def ppo_loss(log_prob, log_prob_old, advantages, clip_range):
 
 
 def policy_log_prob(unet, scheduler, trajectories, samples, steps, uncond, eta, w):
-    """log p_theta(x_{t-1} | x_t, c) of recorded actions under the present weights, with gradient. samples, steps (B,) index pairs -> (B,)."""
+    """log p_theta(x_{t-1} | x_t, c) of recorded actions under the present weights, with gradient.
+
+    samples, steps (B,): places in the batch and in `timesteps` (0 is the noisiest) -> (B,)."""
     T = len(trajectories.timesteps)
     x_t, x_prev = trajectories.latents[samples, steps], trajectories.latents[samples, steps + 1]
     t = trajectories.timesteps[steps]
@@ -211,7 +218,7 @@ def step(unet, optimizer, losses_of, count, micro_batch, max_grad_norm, tick=Non
     """One optimizer step on the mean of `count` losses, in micro-batches of any size: their gradients add up to that of the whole.
 
     losses_of(indices (b,)) -> losses (b,), {name: (b,)} to be logged; `tick()` is called after every micro-batch
-    -> {name: (count,)} with the losses among them, the gradient's norm before clipping. Nothing here waits for the device.
+    -> a pair: {name: (count,)} of what was logged, the losses among it; the gradient's norm before clipping. Nothing here waits for the device.
     """
     parameters, rows = [p for p in unet.parameters() if p.requires_grad], []
     optimizer.zero_grad(set_to_none=True)
@@ -257,7 +264,8 @@ def update(unet, optimizer, scheduler, trajectories, minibatch, uncond, *, algor
 def improve(policy, optimizer, trajectories, batch_size, name, lrs, w, **settings):
     """The updates of an epoch of DDPO: every sample once, in an order drawn by the generator of `name`, `batch_size` samples an update.
 
-    lrs: the learning rate of each update; settings: those of `update` -> its metrics as floats, averaged; first_ratio_error is from the first.
+    lrs: the learning rate of each update; w: guidance in training, policy.w unless --no-cfg-training; settings: those of `update` -> its metrics as
+    floats, averaged; first_ratio_error is from the first.
     """
     order, metrics = torch.from_numpy(np.random.default_rng(name).permutation(len(trajectories))).to(policy.device), []
     for minibatch, lr in zip(order.split(batch_size), lrs, strict=True):
@@ -296,21 +304,25 @@ def rwr_weights(prompts, rewards, beta):
 def sparse_weights(prompts, rewards, percentile):
     """w_sparse of Sec. 4.2: 1[r >= C(c)], with C(c) a percentile, from 0 to 1, of the rewards of the same prompt. -> 0 or 1 each, (B,).
 
-    Of fewer than 10 samples a prompt, 0.9 leaves the best one (interpolating between neighbours; equals are all kept).
+    Of up to 10 samples a prompt, 0.9 leaves the best one (interpolating between neighbours; equals are all kept).
     """
     return by_prompt(lambda r: (r >= torch.quantile(r, percentile)).to(r), prompts, rewards)
 
 
 def denoising_loss(eps, noise, weights):
-    """RWR's loss: Eq. 1, ||noise - eps||^2, weighted, as a mean over the latent's dimensions. (B, 4, h, w) twice, (B,) -> (B,)."""
+    """RWR's loss: Eq. 1 in the form that predicts noise (Ho et al. 2020), without weights of timesteps, as in the authors' code.
+
+    weight ||noise - eps||^2 / D. eps, noise (B, 4, h, w); weights (B,) -> (B,).
+    """
     return weights * (noise - eps.float()).square().flatten(1).mean(1)
 
 
 def regress(policy, optimizer, x_0, prompts, weights, batch_size, name, lrs, w, **settings):
     """The updates of an iteration of RWR (Sec. 4.2): the policy's own samples x_0 (N, 4, h, w) as data for weighted denoising training.
 
-    Pass after pass over the samples of weights (N,) above 0, each in a new order; every batch gets fresh noise and timesteps of all the schedule's. All is
-    drawn from `name`. Guidance weight w: the guided prediction is trained (App. E.1); 1 for --no-cfg-training. settings: those of `step` -> metrics.
+    len(lrs) updates, pass after pass over the samples of weights (N,) above 0, each in a new order; each gets its own noise and a timestep of all
+    the schedule's 1000, not only sampling's T; all drawn from `name`. w: guidance in training (App. E.1), 1 with --no-cfg-training. settings: those
+    of `step` -> metrics.
     """
     rng, kept, uncond, metrics = np.random.default_rng(name), np.flatnonzero(weights.cpu()), policy.embed([""]), []
     order = np.concatenate([rng.permutation(kept) for _ in range(-(-len(lrs) * batch_size // len(kept)))])
@@ -360,7 +372,7 @@ def alarms(lines, updates):
     fractions = [line["clip_fraction"] * (updates + 1) / updates for line in lines[-3:]] if updates else []         # of the updates that can clip
     if len(fractions) == 3 and not 0.001 < np.mean(fractions) < 0.9:
         found["clipping"] = (f"{np.mean(fractions):.1%} of ratios are outside the clip range after the first update: " + (
-            "the policy hardly moves. Try a larger --lr" if np.mean(fractions) < 0.5 else "most gradients are 0. Try a smaller --lr, or a wider --clip-range"))
+            "the policy hardly moves. Try a larger --lr" if np.mean(fractions) < 0.5 else "the policy moves too far in an epoch. Try a smaller --lr, or a wider --clip-range"))
     first, *later = [line for line in lines if line.get("eval_diversity")] or [None]
     if later and later[-1]["eval_diversity"] < 0.5 * first["eval_diversity"] and (
             later[-1]["eval_reward_mean"] > first["eval_reward_mean"] + 0.5 * first["eval_reward_std"]):

@@ -32,7 +32,7 @@ SEARCH = {
     "ddpo-sf": ("--warmup 4", "--lr", ("4e-4", "8e-4", "1.6e-3"), "--samples-per-epoch", ("32", "64")),
     "rwr": ("--warmup 4 --samples-per-epoch 128 --batch-size 64 --updates 24", "--lr", ("1e-4", "2e-4", "4e-4"), "--beta", ("5", "20")),
     "rwr-sparse": ("--warmup 4 --samples-per-epoch 128 --batch-size 64 --updates 24", "--lr", ("1e-4", "2e-4", "4e-4"), "--percentile", ("0.5", "0.9"))}
-QUERIES, COST = 512, 0.15                           # the search's budget a cell; how many pictures the judge may lose to the winner
+QUERIES, COST = 512, 0.15                           # reward queries of a cell and of a curve; the share of pictures that the winner may lose
 SMOKE = "--epochs 2 --steps 2 --samples-per-epoch 32 --eval-samples 4 --micro-batch 32 --sample-batch 32"
 
 
@@ -62,7 +62,7 @@ def run(folder, arguments):
 
 
 def length(algorithm, settings, quick, *more, queries=QUERIES):
-    """The options that say how long a cell runs: `queries` pictures, or next to nothing."""
+    """The options that say how long a cell runs: `queries` pictures; in a smoke run next to nothing."""
     if quick:
         return SMOKE + (" --updates 2 --batch-size 16" if algorithm.startswith("rwr") else "")
     epochs = queries // per_epoch(settings)
@@ -122,7 +122,7 @@ def panels(label):
 
 
 def fig4(out, quick):
-    """Fig. 4: reward against reward queries for the four algorithms, each with the winner of the search, on a seed that the search has not seen."""
+    """Fig. 4 on one of its three rewards: reward against reward queries for the four algorithms, each with the winner of the search, on a seed that the search has not seen."""
     (figure, left, right), rows = panels("reward queries"), []
     for algorithm, settings in search(out, quick)[0].items():
         more = length(algorithm, settings, quick, f"--eval-every {max(1, 128 // per_epoch(settings))}")
@@ -156,7 +156,7 @@ EXPERIMENTS = {"search": lambda out, quick: (None, search(out, quick)[1]), "fig4
 
 
 def write(name, figure, text, quick, out):
-    """The table into experiments.md, between its marks, and the picture beside it; of a smoke run, into its own folder."""
+    """The table into experiments.md, between its marks, and the picture beside it; of a smoke run only the picture, into its own folder."""
     if figure:
         figure.savefig((out if quick else Path(__file__).parent) / f"{name}.png")
     print(f"\n{name}\n{text}", flush=True)

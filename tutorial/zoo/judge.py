@@ -96,14 +96,14 @@ def grid_images(path, side=64):
 
 
 def main(run):
-    judge, records = load_judge(), sorted((Path(run) / "samples").glob("epoch_*.json"))
+    records = sorted((Path(run) / "samples").glob("epoch_*.json"))
     rows = [np.concatenate(list(grid_images(path.with_suffix(".png"))[:12]), axis=1) for path in (records[0], records[-1])]
     Image.fromarray(np.concatenate(rows)).save(Path(run) / "before_after.png")
     for path in records:
         record = json.loads(path.read_text())
         images = grid_images(path.with_suffix(".png"))[:len(record["prompts"])]
         print(f"{path.stem}: reward {np.mean(record['rewards']):8.3f} +- {np.std(record['rewards']):.3f}   "
-              f"judge names {accuracy(judge, images, record['prompts']):.1%}")
+              f"judge finds right {judged_right(images, record['prompts']).mean():.1%}")
 
 
 if __name__ == "__main__":
