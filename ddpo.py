@@ -314,7 +314,7 @@ def denoising_loss(eps, noise, weights):
 
     weight ||noise - eps||^2 / D. eps, noise (B, 4, h, w); weights (B,) -> (B,).
     """
-    return weights * (noise - eps.float()).square().flatten(1).mean(1)
+    return weights * (noise - eps).square().flatten(1).mean(1)
 
 
 def regress(policy, optimizer, x_0, prompts, weights, batch_size, name, lrs, w, **settings):

@@ -68,7 +68,7 @@ def test_rwr_weights_by_hand():
 
 def test_rwr_weights_average_1_within_a_prompt_and_survive_large_rewards():
     rng = np.random.default_rng(0)
-    prompts, rewards = [str(i) for i in rng.integers(5, size=200)], torch.from_numpy(rng.normal(-3000, 40, 200))
+    prompts, rewards = [str(i) for i in rng.integers(5, size=200)], torch.from_numpy(rng.normal(-30_000, 40, 200))
     weights = ddpo.rwr_weights(prompts, rewards, 0.2).numpy()
     for prompt in set(prompts):
         mine = np.array(prompts) == prompt
@@ -97,7 +97,6 @@ def test_sparse_weights_by_hand():
 def test_denoising_loss_by_hand():
     eps, noise = torch.zeros(2, 1, 2, 2), torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]], [[[2.0, 2.0], [2.0, 2.0]]]])
     assert ddpo.denoising_loss(eps, noise, torch.tensor([2.0, 0.5])).tolist() == [15.0, 2.0]
-    assert ddpo.denoising_loss(eps.bfloat16(), noise, torch.ones(2)).dtype == torch.float32
 
 
 # Training

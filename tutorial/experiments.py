@@ -143,7 +143,7 @@ def fig10(out, quick):
     (figure, left, right), rows = panels("rounds"), []
     settings = search(out, quick)[0]["rwr-sparse"]
     for name, flag in (("with CFG training", ""), ("without", "--no-cfg-training")):
-        more = length("rwr-sparse", settings, quick, "--eval-every 1", queries=6 * per_epoch(settings))
+        more = length("rwr-sparse", settings, quick, "--eval-every 1", queries=5 * per_epoch(settings))
         rounds, reward, right_share = evaluations(run(out / "fig10" / name.replace(" ", "-"), f"{COMMON} --algorithm rwr-sparse {settings} {flag} --seed 1 {more}"))
         left.plot(rounds, reward, "o-", label=name)
         right.plot(rounds, right_share, "o-", label=name)
