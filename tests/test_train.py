@@ -283,6 +283,13 @@ def test_a_broken_ddpo_json_is_named(text, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_the_zoo_has_settings_of_its_own_for_every_algorithm():
+    settings = {name: train.resolve({"model": "zoo", "reward": "compressibility", "algorithm": name}, train.ZOO) for name in train.ALGORITHMS}
+    for name, c in settings.items():
+        assert c.steps == 12 and c.samples_per_epoch <= 128 and c.warmup < c.updates * c.epochs and c.updates * c.epochs <= 120, name
+    assert settings["rwr"].beta == 5 and settings["ddpo-sf"].updates == 1
+
+
 def test_paper_defaults_are_table_d5():
     for algorithm, samples, batch, updates in (("ddpo-is", 256, 64, 4), ("ddpo-sf", 256, 256, 1), ("rwr", 10_000, 128, 400), ("rwr-sparse", 10_000, 128, 400)):
         config = train.resolve({"algorithm": algorithm}, train.Path("nowhere"))

@@ -25,13 +25,13 @@ sys.path.insert(0, str(ROOT))
 import train                                        # noqa: E402
 
 COMMON = "--model zoo --device cpu --reward compressibility"
-# The same search for each algorithm: 3 learning rates, spaced alike, times 2 values of the setting that matters most beside it; 512 queries each.
+# The same search for each algorithm: 3 learning rates times 2 values of the setting that matters most beside it; 512 queries each.
 # DDPO_IS: pictures an update. DDPO_SF: pictures an epoch, which is an update. RWR: inverse temperature, per kB. RWR-sparse: the percentile.
 SEARCH = {
     "ddpo-is": ("--warmup 4 --samples-per-epoch 64", "--lr", ("2e-4", "4e-4", "8e-4"), "--batch-size", ("16", "32")),
     "ddpo-sf": ("--warmup 4", "--lr", ("4e-4", "8e-4", "1.6e-3"), "--samples-per-epoch", ("32", "64")),
-    "rwr": ("--warmup 4 --samples-per-epoch 128 --batch-size 64 --updates 24", "--lr", ("1e-4", "2e-4", "4e-4"), "--beta", ("5", "20")),
-    "rwr-sparse": ("--warmup 4 --samples-per-epoch 128 --batch-size 64 --updates 24", "--lr", ("1e-4", "2e-4", "4e-4"), "--percentile", ("0.5", "0.9"))}
+    "rwr": ("--warmup 4 --samples-per-epoch 128 --batch-size 64 --updates 24", "--lr", ("1e-5", "3e-5", "1e-4"), "--beta", ("5", "20")),
+    "rwr-sparse": ("--warmup 4 --samples-per-epoch 128 --batch-size 64 --updates 24", "--lr", ("1e-5", "3e-5", "1e-4"), "--percentile", ("0.5", "0.9"))}
 QUERIES, COST = 512, 0.15                           # reward queries of a cell and of a curve; the share of pictures that the winner may lose
 SMOKE = "--epochs 2 --steps 2 --samples-per-epoch 32 --eval-samples 4 --micro-batch 32 --sample-batch 32"
 
