@@ -124,16 +124,18 @@ def panels(label):
 def fig4(out, quick):
     """Fig. 4 on one of its three rewards: reward against reward queries for the four algorithms, each with the winner of the search, on a seed that the search has not seen."""
     (figure, left, right), rows = panels("reward queries"), []
-    for algorithm, settings in search(out, quick)[0].items():
+    winners = search(out, quick)[0]
+    for name, settings in {**winners, "no-preference": winners["rwr"] + " --beta 1e-9"}.items():         # RWR with equal weights: what self-training alone does
+        algorithm = "rwr" if name == "no-preference" else name
         more = length(algorithm, settings, quick, f"--eval-every {max(1, 128 // per_epoch(settings))}")
-        folder = run(out / "fig4" / algorithm, f"{COMMON} --algorithm {algorithm} {settings} --seed 1 {more}")
+        folder = run(out / "fig4" / name, f"{COMMON} --algorithm {algorithm} {settings} --seed 1 {more}")
         epochs, reward, right_share = evaluations(folder)
         queries = [epoch * lines_of(folder)[0]["reward_queries"] for epoch in epochs]
-        left.plot(queries, reward, "o-", label=algorithm)
-        right.plot(queries, right_share, "o-", label=algorithm)
+        left.plot(queries, reward, "o-", label=name)
+        right.plot(queries, right_share, "o-", label=name)
         sd, se, before, after = judged(folder)
         seconds = sum(value for line in lines_of(folder) for name, value in line.items() if name.startswith("seconds"))
-        rows.append([algorithm, f"`{settings}`", queries[-1], f"{reward[0]:.3f} → {reward[-1]:.3f}", f"{sd:+.2f}", f"{se:.1f}", f"{before:.0%} → {after:.0%}", f"{seconds:.0f}"])
+        rows.append([name, f"`{settings}`", queries[-1], f"{reward[0]:.3f} → {reward[-1]:.3f}", f"{sd:+.2f}", f"{se:.1f}", f"{before:.0%} → {after:.0%}", f"{seconds:.0f}"])
     left.legend()
     return figure, table(["algorithm", "settings", "queries", "reward, fixed pictures", "gain, sd of the base", "paired s.e.", "judge", "seconds"], rows)
 
