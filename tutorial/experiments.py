@@ -1,6 +1,6 @@
 """The paper's experiments on the zoo: each is a list of train.py command lines, a table and a picture.
 
-    python tutorial/experiments.py                  # all of them, one run at a time: about 1 h 15 min on two CPU cores
+    python tutorial/experiments.py                  # all of them, one run at a time: about an hour and a quarter on two CPU cores
     python tutorial/experiments.py fig4             # one of them (and the search that it takes its settings from)
     python tutorial/experiments.py --quick          # does everything still run? Two epochs a cell; shows nothing else
 
