@@ -29,8 +29,9 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from scheduler import add_noise, gaussian_log_prob
+from scheduler import add_noise, gaussian_log_prob, named_noise
 
 
 def guided_noise(eps_uncond, eps_cond, w):
@@ -50,13 +51,6 @@ def predict_noise(unet, x_t, timesteps, cond, uncond, w):
     return guided_noise(eps_uncond, eps_cond, w)
 
 
-def named_noise(shape, count, *name):
-    """`count` standard normal tensors from a generator of their own, seeded by a name such as (seed, epoch, sample). -> float32 (count, *shape)."""
-    entropy = (len(name), *name)                        # numpy pads names with zeros: (3, 5) would be (3, 5, 0)
-    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
-    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
-
-
 @dataclass
 class Trajectories:
     """A batch of rollouts: all that sampling hands to training. float32, wherever and however the networks compute.
@@ -69,6 +63,7 @@ class Trajectories:
     prompt_embeds: torch.Tensor     # (B, m, d)
     rewards: torch.Tensor = None    # (B,)
     advantages: torch.Tensor = None     # (B,)
+    places: torch.Tensor = None     # (B,): which of the epoch's samples these are; with several processes each has some
 
     def __len__(self):
         return len(self.latents)
@@ -120,33 +115,36 @@ class Policy:
         """Prompt embeddings, each prompt encoded once: list of B str -> (B, m, d)."""
         for prompt in set(prompts) - set(self.embeds):
             tokens = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length, return_tensors="pt")
-            self.embeds[prompt] = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state[0]
+            self.embeds[prompt] = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state[0].float()
         return torch.stack([self.embeds[prompt] for prompt in prompts])
 
-    def sample(self, prompts, name, batch, tick=None, each=None, whole=False):
-        """One trajectory a prompt, `batch` at a time, the noise of sample i named (*name, i) -> Trajectories, images uint8 (B, H, W, 3).
+    def sample(self, prompts, name, batch, tick=None, each=None, whole=False, places=None):
+        """A trajectory for each of `places` (all, if not given) in the list of prompts, `batch` at a time, the noise of sample i named (*name, i)
+        -> Trajectories, images uint8 (B, H, W, 3).
 
         `each(images, prompts)`, where given, is called with every batch as soon as it is drawn. Unless `whole`, of the latents only
         x_0 is kept (B, 1, 4, h, w), and no embeddings: all that RWR and evaluation need, where 10,000 trajectories of SD v1.4 would take 36 GB.
         """
-        side, parts, images = self.unet.config["sample_size"], [], None
-        for start in range(0, len(prompts), batch):
-            some = prompts[start:start + batch]
-            noise = torch.stack([named_noise((self.unet.config["in_channels"], side, side), self.T + 1, *name, start + i) for i in range(len(some))])
+        side, parts, images, places = self.unet.config["sample_size"], [], None, list(range(len(prompts)) if places is None else places)
+        for start in range(0, len(places), batch):
+            some = [prompts[i] for i in places[start:start + batch]]
+            noise = torch.stack([named_noise((self.unet.config["in_channels"], side, side), self.T + 1, *name, i) for i in places[start:start + batch]])
             parts.append(sample(self.unet, self.scheduler, self.embed(some), self.embed([""]), noise.to(self.device), self.T, self.eta, self.w, tick))
             drawn = self.decode(parts[-1].latents[:, -1])
-            images = np.empty((len(prompts), *drawn.shape[1:]), np.uint8) if images is None else images
+            images = np.empty((len(places), *drawn.shape[1:]), np.uint8) if images is None else images
             images[start:start + batch] = drawn
             if not whole:
                 parts[-1].latents, parts[-1].prompt_embeds = parts[-1].latents[:, -1:].clone(), None
             if each:
                 each(drawn, some)
-        return Trajectories.cat(parts), images
+        trajectories = Trajectories.cat(parts)
+        trajectories.places = torch.tensor(places, device=self.device)
+        return trajectories, images
 
     @torch.no_grad()
     def decode(self, latents):
         """Latents (B, 4, h, w) -> images uint8 (B, H, W, 3)."""
-        images = (self.vae.decode(latents) / 2 + 0.5).clamp(0, 1)
+        images = (self.vae.decode(latents).float() / 2 + 0.5).clamp(0, 1)
         return (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -214,27 +212,59 @@ def policy_log_prob(unet, scheduler, trajectories, samples, steps, uncond, eta, 
     return gaussian_log_prob(x_prev, *scheduler.mean_std(eps, x_t, t, T, eta))
 
 
-def step(unet, optimizer, losses_of, count, micro_batch, max_grad_norm, tick=None):
-    """One optimizer step on the mean of `count` losses, in micro-batches of any size: their gradients add up to that of the whole.
+def processes():
+    """torchrun's processes: the number of this one, and of all -> (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-    losses_of(indices (b,)) -> losses (b,), {name: (b,)} to be logged; `tick()` is called after every micro-batch
-    -> a pair: {name: (count,)} of what was logged, the losses among it; the gradient's norm before clipping. Nothing here waits for the device.
+
+def gather(mine):
+    """The rows of all processes, taken in turn: row 0 of each, row 1 of each ... mine (n, ...), the same n in each -> (n * processes, ...)."""
+    parts = [mine.contiguous().clone() for _ in range(processes()[1])]
+    if len(parts) > 1:
+        dist.all_gather(parts, mine.contiguous())
+    return torch.stack(parts, 1).flatten(0, 1)
+
+
+def everyones(mine, places):
+    """What all processes hold of an epoch's N samples, in the samples' order. mine (n, ...), places (n,): which samples they are of -> (N, ...)."""
+    return gather(mine)[gather(places).argsort()]
+
+
+def training_order(count, name):
+    """The order in which an epoch trains on its samples. Process r of R draws and keeps order[r::R]: an equal share of every minibatch. -> int64 (count,)."""
+    return np.random.default_rng(name).permutation(count)
+
+
+def step(unet, optimizer, losses_of, count, micro_batch, max_grad_norm, scaler=None, tick=None):
+    """One optimizer step on the mean of the losses of all processes, `count` each, in micro-batches of any size: gradients add up to that of the whole.
+
+    losses_of(indices (b,)) -> losses (b,), {name: (b,)} to be logged; `tick()` is called after every micro-batch. scaler: a GradScaler, for fp16;
+    an update whose gradients overflow is skipped, and its norm is 0
+    -> a pair: {name: (count * processes,)} of what was logged, the losses among it; the gradient's norm before clipping.
     """
-    parameters, rows = [p for p in unet.parameters() if p.requires_grad], []
+    parameters, rows, world = [p for p in unet.parameters() if p.requires_grad], [], processes()[1]
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
     optimizer.zero_grad(set_to_none=True)
-    for chunk in torch.arange(count, device=parameters[0].device).split(micro_batch):
+    for chunk in torch.arange(count, device=parameters[0].device).split(micro_batch):       # nothing in this loop waits for the device
         losses, logged = losses_of(chunk)
-        (losses.sum() / count).backward()
+        scaler.scale(losses.sum() / (count * world)).backward()
         rows.append({"loss": losses.detach(), **logged})
         if tick:
             tick()
+    if world > 1:
+        for p in parameters:
+            dist.all_reduce(p.grad)
+    scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    optimizer.step()
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}, grad_norm
+    scaler.step(optimizer)
+    scaler.update()
+    grad_norm = torch.where(grad_norm.isfinite(), grad_norm, 0.0) if scaler.is_enabled() else grad_norm
+    return {name: gather(torch.cat([row[name] for row in rows])) for name in rows[0]}, grad_norm
 
 
 def update(unet, optimizer, scheduler, trajectories, minibatch, uncond, *, algorithm, eta, w, clip_range, **settings):
-    """DDPO's optimizer step on the samples `minibatch` (indices) with all their timesteps -> metrics (tensors; the README says what they mean).
+    """DDPO's optimizer step on the samples `minibatch` (indices into this process's) with all their timesteps -> metrics (tensors, of all
+    processes; the README says what they mean).
 
     Pairs (sample, timestep) are taken timestep by timestep; since all of them go into one gradient, their order and the size of the micro-batches
     change nothing but rounding. With micro_batch = the rollout's batch the networks compute to the bit what they did in the rollout (CPU, fp32),
@@ -262,21 +292,17 @@ def update(unet, optimizer, scheduler, trajectories, minibatch, uncond, *, algor
 
 
 def improve(policy, optimizer, trajectories, batch_size, name, lrs, w, **settings):
-    """The updates of an epoch of DDPO: every sample once, in an order drawn by the generator of `name`, `batch_size` samples an update.
+    """The updates of an epoch of DDPO: every sample once, in the `training_order` of `name`, `batch_size` samples an update.
 
     lrs: the learning rate of each update; w: guidance in training, policy.w unless --no-cfg-training; settings: those of `update` -> its metrics as
     floats, averaged; first_ratio_error is from the first.
     """
-    order, metrics = torch.from_numpy(np.random.default_rng(name).permutation(len(trajectories))).to(policy.device), []
-    for minibatch, lr in zip(order.split(batch_size), lrs, strict=True):
-        set_lr(optimizer, lr)
+    (rank, world), where, metrics = processes(), {place: i for i, place in enumerate(trajectories.places.tolist())}, []
+    order = torch.tensor([where[place] for place in training_order(len(where) * world, name)[rank::world]], device=policy.device)
+    for minibatch, lr in zip(order.split(batch_size // world), lrs, strict=True):
+        optimizer.param_groups[0]["lr"] = lr
         metrics.append(update(policy.unet, optimizer, policy.scheduler, trajectories, minibatch, policy.embed([""]), eta=policy.eta, w=w, **settings))
     return {**averaged(metrics, without="ratio_error"), "first_ratio_error": metrics[0]["ratio_error"].item()}
-
-
-def set_lr(optimizer, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr
 
 
 def averaged(metrics, without=""):
@@ -318,40 +344,40 @@ def denoising_loss(eps, noise, weights):
 
 
 def regress(policy, optimizer, x_0, prompts, weights, batch_size, name, lrs, w, **settings):
-    """The updates of an iteration of RWR (Sec. 4.2): the policy's own samples x_0 (N, 4, h, w) as data for weighted denoising training.
+    """The updates of an iteration of RWR (Sec. 4.2): the policy's own samples x_0 (N, 4, h, w), all processes', as data for weighted denoising training.
 
     len(lrs) updates, pass after pass over the samples of weights (N,) above 0, each in a new order; each gets its own noise and a timestep of all
     the schedule's 1000, not only sampling's T; all drawn from `name`. w: guidance in training (App. E.1), 1 with --no-cfg-training. settings: those
     of `step` -> metrics.
     """
-    rng, kept, uncond, metrics = np.random.default_rng(name), np.flatnonzero(weights.cpu()), policy.embed([""]), []
+    (rank, world), rng, kept, uncond, metrics = processes(), np.random.default_rng(name), np.flatnonzero(weights.cpu()), policy.embed([""]), []
     order = np.concatenate([rng.permutation(kept) for _ in range(-(-len(lrs) * batch_size // len(kept)))])
     for n, lr in enumerate(lrs):
-        i = torch.from_numpy(order[n * batch_size:(n + 1) * batch_size]).to(policy.device)
-        t = torch.from_numpy(rng.integers(len(policy.scheduler.alphas_bar), size=batch_size)).to(policy.device)
-        noise = named_noise(x_0.shape[1:], batch_size, *name, n).to(policy.device)
+        i = torch.from_numpy(order[n * batch_size:(n + 1) * batch_size][rank::world]).to(policy.device)
+        t = torch.from_numpy(rng.integers(len(policy.scheduler.alphas_bar), size=batch_size)[rank::world]).to(policy.device)
+        noise = named_noise(x_0.shape[1:], batch_size, *name, n)[rank::world].to(policy.device)
         x_t, cond = add_noise(x_0[i], noise, policy.scheduler.alphas_bar[t]), policy.embed([prompts[j] for j in i.tolist()])
 
         def losses_of(chunk):
             eps = predict_noise(policy.unet, x_t[chunk], t[chunk], cond[chunk], uncond, w)
             return denoising_loss(eps, noise[chunk], weights[i[chunk]]), {}
 
-        set_lr(optimizer, lr)
-        losses, grad_norm = step(policy.unet, optimizer, losses_of, batch_size, **settings)
+        optimizer.param_groups[0]["lr"] = lr
+        losses, grad_norm = step(policy.unet, optimizer, losses_of, batch_size // world, **settings)
         metrics.append({"loss": losses["loss"].mean(), "grad_norm": grad_norm})
     return averaged(metrics)
 
 
 def learn(policy, optimizer, trajectories, prompts, statistics, *, algorithm, batch_size, beta, percentile, clip_range, **settings):
     """All updates of an epoch by any of the four algorithms: rewards weighed prompt by prompt, then `improve` or `regress` -> metrics, None where
-    an algorithm has none."""
-    rewards = trajectories.rewards
+    an algorithm has none. trajectories: this process's; prompts: all."""
+    places, rewards = trajectories.places, everyones(trajectories.rewards, trajectories.places)
     if algorithm in ("ddpo-is", "ddpo-sf"):
-        trajectories.advantages = normalize_advantages(rewards, *statistics.update(prompts, rewards))
+        trajectories.advantages = normalize_advantages(rewards, *statistics.update(prompts, rewards))[places]
         return improve(policy, optimizer, trajectories, batch_size, algorithm=algorithm, clip_range=clip_range, **settings)
     weights = rwr_weights(prompts, rewards, beta) if algorithm == "rwr" else sparse_weights(prompts, rewards, percentile)
     return {**dict.fromkeys(("approx_kl", "clip_fraction", "clip_fraction_by_step", "first_ratio_error")),
-            **regress(policy, optimizer, trajectories.latents[:, -1], prompts, weights, batch_size, **settings)}
+            **regress(policy, optimizer, everyones(trajectories.latents[:, -1], places), prompts, weights, batch_size, **settings)}
 
 
 def alarms(lines, updates):

@@ -8,6 +8,7 @@ denoising an MDP with exact likelihoods (Sec. 4.3).
     ddim_mean_std               the Gaussian's mean and sigma
     gaussian_log_prob           log N(x_{t-1}; mean, sigma), *averaged* over the latent's dimensions
     add_noise                   the forward process q(x_t | x_0)
+    named_noise                 every sample's noise, drawn by a name of its own
 
 Deviations from the paper's text, as in its authors' code:
 - log p is the mean over the D dimensions of the latent, not the sum. Effect: ratios are geometric means of the per-dimension ratios, the
@@ -22,6 +23,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -64,6 +66,13 @@ def gaussian_log_prob(x, mean, std):
 def add_noise(x_0, noise, alpha_bar_t):
     """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise. x_0, noise (B, 4, h, w); alpha_bar_t (B,) -> (B, 4, h, w)."""
     return expand(alpha_bar_t.sqrt(), x_0) * x_0 + expand((1 - alpha_bar_t).sqrt(), x_0) * noise
+
+
+def named_noise(shape, count, *name):
+    """`count` standard normal tensors from a generator of their own, seeded by a name such as (seed, epoch, sample). -> float32 (count, *shape)."""
+    entropy = (len(name), *name)                        # numpy pads names with zeros: (3, 5) would be (3, 5, 0)
+    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass
@@ -118,10 +127,9 @@ class Scheduler:
         N = len(self.alphas_bar)
         if not 1 <= T <= N:
             raise ValueError(f"steps = {T}: between 1 and {N} denoising steps are possible")
-        steps = torch.arange(T - 1, -1, -1, device=self.alphas_bar.device) * (N // T) + self.steps_offset
-        if steps[0] >= N:
-            raise ValueError(f"steps = {T} with steps_offset = {self.steps_offset} asks for timestep {int(steps[0])} of {N}")
-        return steps
+        if (first := (T - 1) * (N // T) + self.steps_offset) >= N:
+            raise ValueError(f"steps = {T} with steps_offset = {self.steps_offset} asks for timestep {first} of {N}")
+        return torch.arange(T - 1, -1, -1, device=self.alphas_bar.device) * (N // T) + self.steps_offset
 
     def alpha_bar(self, timesteps, T):
         """alpha_bar at each timestep and at the one after it in sampling with T steps. (B,) -> (B,), (B,)."""

@@ -6,6 +6,9 @@ them, weighs them prompt by prompt and takes some optimizer steps; all mathemati
 Settings: the command line, else the `ddpo.json` in the model's folder, else the paper's Table D.5. Deviations from the paper: with --samples-per-prompt above 1 (the zoo's default) prompts repeat within an epoch; with --warmup above 0 (the
 zoo's default) the learning rate rises over the first updates, for Adam's first steps move every weight by all of it; the model that
 `--model auto` picks without a CUDA GPU is the miniature in tutorial/zoo, with settings of its own.
+
+Several GPUs: `torchrun --nproc-per-node 8 train.py ...` runs this program once for each. A process draws and rewards its share of the samples; ddpo.py
+gathers rewards and sums gradients, so that all take the same steps; the first one writes.
 """
 import argparse
 import dataclasses
@@ -13,28 +16,34 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import ddpo
-from rewards import REWARDS, checked, clip_embedder, diversity, draw_prompts, load_prompts, loading, make_reward, spread_prompts
+from rewards import REWARDS, checked, clip_embedder, diversity, draw_prompts, load_prompts, loading, locate, make_reward, spread_prompts
 from scheduler import Scheduler
-from unet import VAE, UNet, load, locate, save
+from unet import VAE, UNet, add_lora, load, load_lora, save, save_lora
 
 ZOO = Path(__file__).parent / "tutorial" / "zoo" / "stable-diffusion"
 RWR = {"samples_per_epoch": 10_000, "batch_size": 128, "updates": 400, "eval_every": 1, "checkpoint_every": 1}
 ALGORITHMS = {"ddpo-is": {"batch_size": 64}, "ddpo-sf": {"batch_size": 256}, "rwr": RWR, "rwr-sparse": RWR}       # Table D.5: what depends on the algorithm
 PROMPTS = {"aesthetic": {"prompts": "common-animals"}, "alignment": {"prompts": "animal-activities"}}         # Sec. 6: and on the reward
+LORA = {"lr": 3e-4}                                 # App. C
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EVALUATION = 2**31                                  # stands for the epoch in the names of the fixed evaluation noises
 option = lambda default, help, **more: dataclasses.field(default=default, metadata={"help": help, **more})             # noqa: E731
 
@@ -64,6 +73,9 @@ class Config:
     no_cfg_training: bool = option(False, "train the plain conditional prediction; sampling stays guided (ablation, App. E.1)")
     micro_batch: int = option(8, "(picture, timestep) pairs a forward and backward pass; no effect on results")
     sample_batch: int = option(8, "pictures sampled at a time; no effect on results")
+    precision: str = option("fp32", "of the networks' arithmetic; trained weights, log-probs and losses are always fp32 (authors: fp16)", choices=list(PRECISIONS))
+    grad_checkpointing: bool = option(False, "compute activations again in the backward pass: far less memory, about a third more time")
+    lora_rank: int = option(0, "train a LoRA of this rank on the attention layers instead of the whole UNet; lr is then 3e-4 (App. C)")
     history_size: int = option(32, "rewards remembered of each prompt, to normalise by (paper: 32)")
     min_count: int = option(16, "rewards of a prompt before its own statistics are used (paper: 16)")
     eval_every: int = option(5, "evaluate on the fixed prompts and noises every so many epochs")
@@ -95,9 +107,9 @@ def parse(argv):
 
 
 def model_settings(folder):
-    """The model's own ddpo.json: {"all": {...}, and by reward or algorithm}, checked -> dict of dicts; {} where there is none."""
-    path, known = folder / "ddpo.json", ["all", *REWARDS, *ALGORITHMS]
-    fixed = {"reward", "algorithm", "model", "vlm_url", "reward_device", "seed", "device", "out", "resume", "debug"}
+    """The model's own ddpo.json: {"all": {...}, and by reward, algorithm or "lora"}, checked -> dict of dicts; {} where there is none."""
+    path, known = folder / "ddpo.json", ["all", *REWARDS, *ALGORITHMS, "lora"]
+    fixed = {"reward", "algorithm", "model", "lora_rank", "vlm_url", "reward_device", "seed", "device", "out", "resume", "debug"}
     types = {f.name: (float, int) if f.type is float else (f.type,) for f in dataclasses.fields(Config) if f.name not in fixed}
     try:
         own = json.loads(path.read_text()) if path.is_file() else {}
@@ -119,12 +131,13 @@ def resolve(given, folder):
     """The whole Config: the command line over the model's ddpo.json over the paper's table. Raises ValueError, one line."""
     own = model_settings(folder)
     reward, algorithm = given.get("reward", Config.reward), given.get("algorithm", Config.algorithm)
-    c = Config(**{**ALGORITHMS[algorithm], **PROMPTS.get(reward, {}), **own.get("all", {}), **own.get(reward, {}), **own.get(algorithm, {}), **given})
+    before, after = (LORA, own.get("lora", {})) if given.get("lora_rank") else ({}, {})
+    c = Config(**{**ALGORITHMS[algorithm], **PROMPTS.get(reward, {}), **before, **own.get("all", {}), **own.get(reward, {}), **own.get(algorithm, {}), **after, **given})
     c.batch_size = c.samples_per_epoch if algorithm == "ddpo-sf" and "batch_size" not in given else c.batch_size
     ddpo_, n, size = algorithm.startswith("ddpo"), c.samples_per_epoch, c.batch_size
     for f in dataclasses.fields(Config):
         value = getattr(c, f.name)
-        least = {"seed": 0, "eta": 0, "percentile": 0, "weight_decay": 0, "warmup": 0, "guidance": 0, "eval_samples": 2}.get(f.name, 1e-12)
+        least = {"seed": 0, "eta": 0, "percentile": 0, "weight_decay": 0, "warmup": 0, "guidance": 0, "lora_rank": 0, "eval_samples": 2}.get(f.name, 1e-12)
         if f.type in (int, float) and not (value is None and ddpo_) and not (math.isfinite(value) and value >= least):
             raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be finite and {f'at least {least}' if least != 1e-12 else 'above 0'}")
     for bad, why in [
@@ -142,33 +155,67 @@ def resolve(given, folder):
 
 
 def choose_device(name, flag="--device"):
+    """auto: a CUDA GPU (under torchrun each process has its own), else the CPU. Raises ValueError, one line."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        return torch.zeros(1, device=name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu").device
+        return torch.zeros(1, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{flag} {name}: {str(error).splitlines()[0]}") from None
 
 
+def join(device):
+    """Under torchrun: meet the other processes; only the first one prints."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")
+
+
 def load_policy(folder, device, config):
-    """The parts of a Stable Diffusion folder on a device -> ddpo.Policy."""
+    """The parts of a Stable Diffusion folder on a device -> ddpo.Policy. What is frozen is kept in the precision of the arithmetic, what is trained in
+    float32; autocast is around the networks and nothing else, so that all of the mathematics is in float32."""
     from transformers import CLIPTextModel, CLIPTokenizer
-    unet, vae = (load(cls, folder / part).to(device, memory_format=torch.channels_last) for cls, part in ((UNet, "unet"), (VAE, "vae")))
+    dtype = PRECISIONS[config.precision]
+    unet, vae = load(UNet, folder / "unet", dtype if config.lora_rank else torch.float32), load(VAE, folder / "vae", dtype).requires_grad_(False)
+    if config.lora_rank:
+        add_lora(unet, config.lora_rank, config.seed)
+    unet.gradient_checkpointing = config.grad_checkpointing
+    unet, vae = (net.to(device, memory_format=torch.channels_last) for net in (unet, vae))
     tokenizer = loading("--model", folder, CLIPTokenizer, folder / "tokenizer")
-    encoder = loading("--model", folder, CLIPTextModel, folder / "text_encoder", dtype=torch.float32).to(device).eval()
-    return ddpo.Policy(unet, vae.requires_grad_(False), Scheduler.from_folder(folder / "scheduler").to(device), tokenizer, encoder, device,
-                       config.steps, config.eta, config.guidance)
+    encoder = loading("--model", folder, CLIPTextModel, folder / "text_encoder", dtype=dtype).to(device).eval()
+    if config.precision != "fp32":
+        unet.forward, vae.decode = (torch.autocast(device.type, dtype)(function) for function in (unet.forward, vae.decode))
+    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        backend.allow_tf32 = config.precision != "fp32"     # fp32 is fp32
+    return ddpo.Policy(unet, vae, Scheduler.from_folder(folder / "scheduler").to(device), tokenizer, encoder, device, config.steps, config.eta, config.guidance)
 
 
-def draw(policy, config, prompts, epoch, description, each=None, whole=False):
-    """Sample one picture a prompt, the noises named by (seed, epoch, place in the list), under a bar -> Trajectories, images."""
-    with tqdm(total=-(-len(prompts) // config.sample_batch) * config.steps, desc=description, unit="step", leave=False, disable=None) as bar:
-        return policy.sample(prompts, (config.seed, epoch), config.sample_batch, bar.update, each, whole)
+def progress(total, unit, description):
+    return tqdm(total=total, desc=description, unit=unit, leave=False, disable=True if ddpo.processes()[0] else None)
+
+
+def draw(policy, config, prompts, places, epoch, description, each=None, whole=False):
+    """Sample the pictures of this process, those of `places` in the list of prompts, their noises named by (seed, epoch, place) -> Trajectories, images."""
+    with progress(-(-len(places) // config.sample_batch) * config.steps, "step", description) as bar:
+        return policy.sample(prompts, (config.seed, epoch), config.sample_batch, bar.update, each, whole, places)
+
+
+def everyones(values, trajectories):
+    """What all processes hold, in the samples' order. numpy (n, ...) -> (N, ...)."""
+    one = ddpo.processes()[1] == 1
+    return values if one else ddpo.everyones(torch.from_numpy(values).to(trajectories.places.device), trajectories.places).cpu().numpy()
 
 
 def evaluate(run, epoch):
     """Reward the fixed prompts and noises; write the grid of pictures and the figures behind it -> metrics."""
-    prompts = 2 * spread_prompts(run.prompts, run.config.eval_samples // 2)            # two of each, for the diversity
-    _, images = draw(run.policy, run.config, prompts, EVALUATION, "evaluating")
-    scores = {name: checked(reward, images, prompts)[0] for name, reward in {"reward": run.reward, **run.watched}.items()}
+    prompts, (rank, world) = 2 * spread_prompts(run.prompts, run.config.eval_samples // 2), ddpo.processes()          # two of each, for the diversity
+    trajectories, images = draw(run.policy, run.config, prompts, range(len(prompts))[rank::world], EVALUATION, "evaluating")
+    scores = {name: everyones(checked(reward, images, prompts[rank::world])[0], trajectories) for name, reward in {"reward": run.reward, **run.watched}.items()}
+    spread, images = run.diversity(images, trajectories, prompts), everyones(images, trajectories)
+    if rank:
+        return {}
     side, tile = math.ceil(len(images) ** 0.5), min(images.shape[1], 256)
     grid = Image.new("RGB", (side * tile, -(-len(images) // side) * tile))
     for i, image in enumerate(images):
@@ -178,7 +225,7 @@ def evaluate(run, epoch):
     write_whole(run.out / "samples" / f"epoch_{epoch:04d}.json", json.dumps(record, indent=1) + "\n")
     base = np.array(json.loads((run.out / "samples" / "epoch_0000.json").read_text())["rewards"])
     gain, error = (scores["reward"] - base).mean(), (scores["reward"] - base).std(ddof=1) / len(base) ** 0.5
-    return {"eval_queries": epoch * run.config.samples_per_epoch, "eval_diversity": run.diversity(images, prompts),
+    return {"eval_queries": epoch * run.config.samples_per_epoch, "eval_diversity": spread,
             "eval_gain_sd": gain / max(base.std(), 1e-12), "eval_gain_se": gain / max(error, 1e-12),
             **{f"eval_{name}_{kind}": getattr(s, kind)() for name, s in scores.items() for kind in ("mean", "std")}}
 
@@ -187,21 +234,22 @@ def train_epoch(run, trajectories, prompts, epoch):
     """The optimizer updates of an epoch, under a bar -> their metrics."""
     c = run.config
     lrs = [c.lr * min(1, (epoch * c.updates + n + 1) / (c.warmup + 1)) for n in range(c.updates)]
-    losses = c.batch_size * (1 if c.algorithm.startswith("rwr") else c.steps)             # an update
-    with tqdm(total=-(-losses // c.micro_batch) * c.updates, desc=f"epoch {epoch}: training", unit="pass", leave=False, disable=None) as bar:
+    losses = c.batch_size // ddpo.processes()[1] * (1 if c.algorithm.startswith("rwr") else c.steps)           # an update
+    with progress(-(-losses // c.micro_batch) * c.updates, "pass", f"epoch {epoch}: training") as bar:
         return ddpo.learn(run.policy, run.optimizer, trajectories, prompts, run.statistics, algorithm=c.algorithm, batch_size=c.batch_size, lrs=lrs,
                           name=[c.seed, epoch, 1], w=1.0 if c.no_cfg_training else c.guidance, beta=c.beta, percentile=c.percentile,
-                          clip_range=c.clip_range, micro_batch=c.micro_batch, max_grad_norm=c.max_grad_norm, tick=bar.update)
+                          clip_range=c.clip_range, micro_batch=c.micro_batch, max_grad_norm=c.max_grad_norm, scaler=run.scaler, tick=bar.update)
 
 
 def write_checkpoint(run, epoch):
-    """checkpoints/000012: the policy as a diffusers UNet, the optimizer, and the rest as JSON. Written aside, renamed when whole."""
+    """checkpoints/000012: a diffusers UNet, or its LoRA alone; the optimizer; the rest as JSON. Written aside, renamed when whole."""
     aside = run.out / "checkpoints" / f"{epoch:06d}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
-    save(run.policy.unet, aside / "unet")
+    aside.mkdir(parents=True)
+    save_lora(run.policy.unet, aside) if run.config.lora_rank else save(run.policy.unet, aside / "unet")
     state = run.optimizer.state_dict()["state"]
-    save_file({f"{i}.{name}": value.contiguous() for i, values in state.items() for name, value in values.items()}, aside / "optimizer.safetensors")
-    (aside / "state.json").write_text(json.dumps({"epoch": epoch, "statistics": run.statistics.state_dict()}))
+    save_file({f"{i}.{name}": value.cpu().contiguous() for i, values in state.items() for name, value in values.items()}, aside / "optimizer.safetensors")
+    (aside / "state.json").write_text(json.dumps({"epoch": epoch, "statistics": run.statistics.state_dict(), "scaler": run.scaler.state_dict()}))
     os.replace(aside, aside.with_suffix(""))
     for old in sorted((run.out / "checkpoints").glob("[0-9]" * 6))[:-2]:
         shutil.rmtree(old)
@@ -211,14 +259,17 @@ def read_checkpoint(run):
     """Everything back from the newest whole checkpoint -> the epochs behind it; 0 where there is none yet."""
     if not (found := sorted((run.out / "checkpoints").glob("[0-9]" * 6))):
         return 0
+    unet, state = run.policy.unet, {}
     try:
-        run.policy.unet.load_state_dict(load(UNet, found[-1] / "unet").state_dict())
-        parameters, state = list(run.policy.unet.parameters()), {}
-        for key, value in load_file(found[-1] / "optimizer.safetensors").items():
-            i, name = key.split(".")                    # moments lie in memory as their parameters do
-            state.setdefault(int(i), {})[name] = torch.empty_like(parameters[int(i)]).copy_(value) if value.ndim else value
+        load_lora(unet, found[-1]) if run.config.lora_rank else unet.load_state_dict(load(UNet, found[-1] / "unet").state_dict())
+        parameters = run.optimizer.param_groups[0]["params"]
+        with safe_open(found[-1] / "optimizer.safetensors", "pt") as file:
+            for key in file.keys():
+                (i, name), value = key.split("."), file.get_tensor(key)        # moments lie in memory as their parameters do
+                state.setdefault(int(i), {})[name] = torch.empty_like(parameters[int(i)]).copy_(value) if value.ndim else value
         run.optimizer.load_state_dict({"state": state, "param_groups": run.optimizer.state_dict()["param_groups"]})
-        run.statistics.load_state_dict((rest := json.loads((found[-1] / "state.json").read_text()))["statistics"])
+        rest = json.loads((found[-1] / "state.json").read_text())
+        run.statistics.load_state_dict(rest["statistics"]), run.scaler.load_state_dict(rest["scaler"])
         print(f"resuming from {found[-1]}")
         return rest["epoch"]
     except Exception as error:                          # whatever a broken file raises
@@ -294,12 +345,15 @@ def resumed(given):
 def prepare(given):
     """Everything loaded, and the run's folder -> all that a run holds. What can be refused is refused before the folder is made."""
     given = resumed(given)
-    device = choose_device(given.get("device", Config.device))
+    join(device := choose_device(given.get("device", Config.device)))
     if (model := given.get("model", Config.model)) == "auto":
         model = "CompVis/stable-diffusion-v1-4" if device.type == "cuda" else "zoo"
         print(f"model: {model}, since there is {'a' if device.type == 'cuda' else 'no'} CUDA GPU (others: --model)")
     folder = ZOO if model == "zoo" else locate(model)
-    config = resolve({**given, "model": model}, folder)
+    config, world = resolve({**given, "model": model}, folder), ddpo.processes()[1]
+    for name in ("samples_per_epoch", "batch_size", "eval_samples"):
+        if getattr(config, name) % world:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be a multiple of the number of processes ({world})")
     prompts = load_prompts(config.prompts)
     policy = load_policy(folder, device, config)
     policy.scheduler.timesteps(config.steps)            # refuses an impossible T
@@ -316,11 +370,12 @@ def prepare(given):
         print(f"diversity is not measured: {error}")
     config.out = config.out or str(Path("runs") / f"{config.reward.rpartition(':')[2]}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}")
     (Path(config.out) / "samples").mkdir(parents=True, exist_ok=True)
-    optimizer = torch.optim.AdamW(policy.unet.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    trained = [p for p in policy.unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=device.type == "cuda")
     return SimpleNamespace(
-        config=config, out=Path(config.out), policy=policy, optimizer=optimizer, prompts=prompts, reward=reward, watched=watched,
+        config=config, out=Path(config.out), policy=policy, optimizer=optimizer, scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"), prompts=prompts, reward=reward, watched=watched,
         apart=reward_device != device or (config.reward == "alignment" and bool(config.vlm_url)),           # rewarded while the next batch is drawn
-        diversity=lambda images, prompts: diversity(clip(images), prompts) if clip else None,
+        diversity=lambda images, trajectories, prompts: diversity(torch.from_numpy(everyones(clip(images).numpy(), trajectories)), prompts) if clip else None,
         statistics=ddpo.PromptStatistics(config.history_size, config.min_count))
 
 
@@ -329,9 +384,11 @@ def loop(run):
     config, out, start = run.config, run.out, read_checkpoint(run) if run.config.resume else 0
     if start >= config.epochs and config.resume:
         raise ValueError(f"--epochs {config.epochs}: the run in {out} has {start} epochs behind it already")
-    write_whole(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    for name in ("metrics.jsonl", "descriptions.jsonl"):
-        write_whole(out / name, "".join(json.dumps(line) + "\n" for line in read_lines(out / name, before=start)))
+    first = ddpo.processes()[0] == 0
+    if first:
+        write_whole(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        for name in ("metrics.jsonl", "descriptions.jsonl"):
+            write_whole(out / name, "".join(json.dumps(line) + "\n" for line in read_lines(out / name, before=start)))
     print(f"{config.algorithm} on {config.reward}: {config.epochs} epochs of {config.samples_per_epoch} pictures, into {out}", flush=True)
 
     for epoch in range(start, config.epochs):
@@ -339,16 +396,18 @@ def loop(run):
         metrics = evaluate(run, 0) if epoch == 0 else {}
         metrics |= one_epoch(run, epoch)
         evaluation = evaluate(run, done) if last or done % config.eval_every == 0 else {}
-        write_metrics(run, {"epoch": epoch, "reward_queries": queries, **evaluation, **metrics})             # the first line keeps the base model's evaluation
-        draw_curve(out, config)
-        report(epoch, queries, {**metrics, **evaluation})
-        if last or done % config.checkpoint_every == 0:
-            write_checkpoint(run, done)
+        if first:
+            write_metrics(run, {"epoch": epoch, "reward_queries": queries, **evaluation, **metrics})         # the first line keeps the base model's evaluation
+            draw_curve(out, config)
+            report(epoch, queries, {**metrics, **evaluation})
+            if last or done % config.checkpoint_every == 0:
+                write_checkpoint(run, done)
 
 
 def one_epoch(run, epoch):
     """Sample, reward, normalise, update: one round of the paper's loop -> metrics."""
-    c, rewarded, clock, beside = run.config, [], [time.time()], ThreadPoolExecutor(1)
+    c, rewarded, clock, beside, (rank, world) = run.config, [], [time.time()], ThreadPoolExecutor(1), ddpo.processes()
+    places = sorted(ddpo.training_order(c.samples_per_epoch, [c.seed, epoch, 1])[rank::world].tolist())
     drawn = draw_prompts(run.prompts, c.samples_per_epoch, c.samples_per_prompt, np.random.default_rng([c.seed, epoch]))
 
     def each(images, prompts):
@@ -356,18 +415,18 @@ def one_epoch(run, epoch):
         rewarded.append(beside.submit(checked, run.reward, images, prompts))
 
     try:
-        trajectories, images = draw(run.policy, c, drawn, epoch, f"epoch {epoch}: sampling", each if run.apart else None, whole=c.algorithm.startswith("ddpo"))
+        trajectories, images = draw(run.policy, c, drawn, places, epoch, f"epoch {epoch}: sampling", each if run.apart else None, whole=c.algorithm.startswith("ddpo"))
         clock.append(time.time())
-        parts = [future.result() for future in rewarded] or [checked(run.reward, images, drawn)]
+        parts = [future.result() for future in rewarded] or [checked(run.reward, images, [drawn[i] for i in places])]
     finally:
         beside.shutdown(cancel_futures=True)
     scores = np.concatenate([part for part, _ in parts])
     shown = {name: sum((list(extra[name]) for _, extra in parts), []) for name in parts[0][1]}
-    if shown:                                           # of eight pictures an epoch
-        append_lines(run.out / "descriptions.jsonl", [{"epoch": epoch, "prompt": drawn[i], "score": scores[i], **{name: shown[name][i] for name in shown}}
-                                                      for i in range(0, len(drawn), -(-len(drawn) // 8))])
-    trajectories.rewards = torch.from_numpy(scores).float().to(run.policy.device)
-    metrics = {"reward_mean": scores.mean(), "reward_std": scores.std(), "diversity": run.diversity(images, drawn)}
+    if shown and not rank:                              # of eight pictures an epoch
+        append_lines(run.out / "descriptions.jsonl", [{"epoch": epoch, "prompt": drawn[places[i]], "score": scores[i], **{name: shown[name][i] for name in shown}}
+                                                      for i in range(0, len(places), -(-len(places) // 8))])
+    trajectories.rewards, scores = torch.from_numpy(scores).float().to(run.policy.device), everyones(scores, trajectories)
+    metrics = {"reward_mean": scores.mean(), "reward_std": scores.std(), "diversity": run.diversity(images, trajectories, drawn)}
     del images                                          # 7.9 GB in a round of RWR on SD v1.4
     clock.append(time.time())
     metrics |= train_epoch(run, trajectories, drawn, epoch)
@@ -386,12 +445,20 @@ def report(epoch, queries, m):
 
 def main(argv=None):
     given = parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)           # torchrun's, when another process has died, or a job queue's: end as by Ctrl-C
     try:
-        loop(prepare(given))
-    except (ValueError, OSError) as error:
-        if given.get("debug"):
+        run = prepare(given)
+        if ddpo.processes()[1] > 1:
+            dist.barrier()                              # all have looked into the run's folder before the first writes to it
+        loop(run)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except (ValueError, OSError, RuntimeError) as error:
+        (rank, world), full = ddpo.processes(), isinstance(error, torch.OutOfMemoryError)
+        if given.get("debug") or (type(error) is RuntimeError and world == 1):
             raise
-        sys.exit(f"train.py: {' '.join(str(error).split())}")
+        hint = "; less memory: --precision bf16, --grad-checkpointing, --lora-rank 4, a smaller --micro-batch or --sample-batch" if full else ""
+        sys.exit(f"train.py: {f'process {rank} of {world}: ' if world > 1 else ''}{' '.join(str(error).split())}{hint}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; where a checkpoint was written, --out and the run's folder with --resume go on from it")
 

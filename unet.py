@@ -3,7 +3,7 @@
 The paper (Sec. 3.1, 5) fine-tunes the UNet of Stable Diffusion v1.4 and keeps everything else frozen. Nothing here
 knows about RL, schedules or files of settings: tensors in, tensors out. Read it from the bottom of the UNet up:
 
-    time embedding -> ResnetBlock, Attention, TransformerBlock -> Block (one resolution) -> UNet -> VAE -> load, save
+    time embedding -> ResnetBlock, Attention, TransformerBlock -> Block (one resolution) -> UNet -> VAE -> load, save -> LoRA
 
 Every attribute carries the name that diffusers gives it, so `state_dict()` keys are those of the published safetensors
 files and loading is `load_state_dict(strict=True)` without a table of names. The sizes come from the `config.json`
@@ -14,6 +14,7 @@ the safety checker), and a config that asks for it is refused by name; the resul
 """
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS, LORA = "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"
 
 
 def timestep_embedding(timesteps, dim):
@@ -71,9 +72,8 @@ class Attention(nn.Module):
 
     def forward(self, x, context=None):
         context = x if context is None else context
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)            # (B, heads, n or m, dim / heads)
-                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        h = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        h = F.scaled_dot_product_attention(q, k, v)                             # (B, heads, n, dim / heads)
         return self.to_out[0](h.transpose(1, 2).flatten(2))                     # (B, n, dim)
 
 
@@ -182,12 +182,8 @@ class UNet(nn.Module):
         if not isinstance(heads, int) or any(c % heads for c in channels):
             raise ValueError(f"attention_head_dim = {heads!r} does not divide each of block_out_channels = {channels}")
         time_dim = 4 * channels[0]
-
-        def resnet(c_in, c_out):
-            return ResnetBlock(c_in, c_out, groups, eps, time_dim)
-
-        def attention(c):
-            return SpatialTransformer(c, context_dim, heads, groups)
+        resnet = partial(ResnetBlock, groups=groups, eps=eps, time_dim=time_dim)
+        attention = partial(SpatialTransformer, context_dim=context_dim, heads=heads, groups=groups)
 
         self.conv_in = nn.Conv2d(config["in_channels"], channels[0], 3, padding=1)
         self.time_embedding = nn.ModuleDict({"linear_1": nn.Linear(channels[0], time_dim), "linear_2": nn.Linear(time_dim, time_dim)})
@@ -256,51 +252,30 @@ class VAEAttention(Attention):
         return x + super().forward(h).transpose(1, 2).reshape(x.shape)          # (B, c, h, w)
 
 
-class Encoder(nn.Module):
-    def __init__(self, c_image, c_out, channels, layers, groups):
+class Coder(nn.Module):
+    """Either half of the VAE, with neither time nor prompt nor skip connections. `channels`: of each level, in the order of computation."""
+
+    def __init__(self, c_in, c_out, channels, layers, groups, decoder):
         super().__init__()
-        self.conv_in = nn.Conv2d(c_image, channels[0], 3, padding=1)
-        self.down_blocks, c_in = nn.ModuleList(), channels[0]
+        levels, inner = nn.ModuleList(), channels[0 if decoder else -1]
         for level, c in enumerate(channels):
-            last = level == len(channels) - 1
-            self.down_blocks.append(Block([ResnetBlock(c_in if i == 0 else c, c, groups, 1e-6) for i in range(layers)],
-                                          downsampler=None if last else Downsample(c, pad_all_around=False)))
-            c_in = c
-        self.mid_block = Block([ResnetBlock(c_in, c_in, groups, 1e-6) for _ in range(2)], [VAEAttention(c_in, groups)])
-        self.conv_norm_out = nn.GroupNorm(groups, c_in, 1e-6)
-        self.conv_out = nn.Conv2d(c_in, c_out, 3, padding=1)
+            resample = {} if level == len(channels) - 1 else {"upsampler": Upsample(c)} if decoder else {"downsampler": Downsample(c, pad_all_around=False)}
+            c_before = channels[max(level - 1, 0)]
+            levels.append(Block([ResnetBlock(c_before if i == 0 else c, c, groups, 1e-6) for i in range(layers)], **resample))
+        self.conv_in = nn.Conv2d(c_in, channels[0], 3, padding=1)
+        self.add_module("up_blocks" if decoder else "down_blocks", levels)
+        self.mid_block = Block([ResnetBlock(inner, inner, groups, 1e-6) for _ in range(2)], [VAEAttention(inner, groups)])
+        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], 1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], c_out, 3, padding=1)
 
     def forward(self, x):
-        return run_plain(self, self.conv_in(x), [*self.down_blocks, self.mid_block])
-
-
-class Decoder(nn.Module):
-    def __init__(self, c_latent, c_image, channels, layers, groups):
-        super().__init__()
-        c_in = channels[-1]
-        self.conv_in = nn.Conv2d(c_latent, c_in, 3, padding=1)
-        self.mid_block = Block([ResnetBlock(c_in, c_in, groups, 1e-6) for _ in range(2)], [VAEAttention(c_in, groups)])
-        self.up_blocks = nn.ModuleList()
-        for level, c in enumerate(reversed(channels)):
-            last = level == len(channels) - 1
-            self.up_blocks.append(Block([ResnetBlock(c_in if i == 0 else c, c, groups, 1e-6) for i in range(layers + 1)],
-                                        upsampler=None if last else Upsample(c)))
-            c_in = c
-        self.conv_norm_out = nn.GroupNorm(groups, c_in, 1e-6)
-        self.conv_out = nn.Conv2d(c_in, c_image, 3, padding=1)
-
-    def forward(self, z):
-        return run_plain(self, self.conv_in(z), [self.mid_block, *self.up_blocks])
-
-
-def run_plain(net, x, blocks):
-    """Either half of the VAE: blocks one after the other, with neither time nor prompt nor skip connections."""
-    for block in blocks:
-        for i in range(len(block.resnets)):
-            x = block.layer(i, x)
-        for resample in [*block.downsamplers, *block.upsamplers]:
-            x = resample(x)
-    return net.conv_out(F.silu(net.conv_norm_out(x)))
+        x = self.conv_in(x)
+        for block in [self.mid_block, *self.up_blocks] if hasattr(self, "up_blocks") else [*self.down_blocks, self.mid_block]:
+            for i in range(len(block.resnets)):
+                x = block.layer(i, x)
+            for resample in [*block.downsamplers, *block.upsamplers]:
+                x = resample(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class VAE(nn.Module):
@@ -312,9 +287,9 @@ class VAE(nn.Module):
                      shift_factor=None, latents_mean=None, latents_std=None)
         self.config = config
         self.scaling_factor = config.get("scaling_factor", 0.18215)              # absent from v1.4's file
-        shape, c_latent = (config["block_out_channels"], config["layers_per_block"], config.get("norm_num_groups", 32)), config["latent_channels"]
-        self.encoder = Encoder(config["in_channels"], 2 * c_latent, *shape)
-        self.decoder = Decoder(c_latent, config["out_channels"], *shape)
+        channels, layers, groups, c_latent = config["block_out_channels"], config["layers_per_block"], config.get("norm_num_groups", 32), config["latent_channels"]
+        self.encoder = Coder(config["in_channels"], 2 * c_latent, channels, layers, groups, decoder=False)
+        self.decoder = Coder(c_latent, config["out_channels"], channels[::-1], layers + 1, groups, decoder=True)
         self.quant_conv = nn.Conv2d(2 * c_latent, 2 * c_latent, 1)
         self.post_quant_conv = nn.Conv2d(c_latent, c_latent, 1)
 
@@ -343,22 +318,6 @@ def check_config(config, **required):
     for name, value in required.items():
         if config.get(name, value) != value:
             raise ValueError(f"{name} = {config[name]!r}; only {value!r} is implemented")
-
-
-STABLE_DIFFUSION = [*(f"{part}/{name}" for part in ("unet", "vae") for name in ("config.json", WEIGHTS)),
-                    "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/*", "scheduler/*", "ddpo.json"]
-
-
-def locate(model, flag="--model", files=STABLE_DIFFUSION):
-    """The folder of a model: a local one as it is, a hub id (owner/name) through huggingface_hub, only `files`. Raises ValueError, one line."""
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(model, allow_patterns=files, etag_timeout=5))
-    except Exception as error:                          # no network, no such model, no access: many types, one meaning
-        raise ValueError(f"{flag} {model}: neither a folder nor to be had from the hub ({type(error).__name__}). Where there is a network: "
-                         f"`hf download {model} --local-dir FOLDER`, then {flag} FOLDER") from None
 
 
 def load(cls, folder, dtype=torch.float32):
@@ -397,3 +356,49 @@ def save(net, folder, dtype=None):
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = {key: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for key, tensor in net.state_dict().items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer W and beside it a trained product of two thin matrices (Hu et al. 2021): W x + b + B A x, of scale alpha / rank = 1.
+
+    B starts at 0: at first nothing changes. A ~ N(0, 1 / rank^2), as in the authors' code.
+    """
+
+    def __init__(self, linear, rank, generator):
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_A, self.lora_B = nn.Linear(self.in_features, rank, bias=False), nn.Linear(rank, self.out_features, bias=False)
+        nn.init.normal_(self.lora_A.weight, std=1 / rank, generator=generator)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x):
+        return super().forward(x) + self.lora_B(self.lora_A(x))
+
+
+def add_lora(net, rank, seed=0):
+    """Freeze a network, and train a LoRA of each of its attention's projections (q, k, v, out) instead; seeded, so that all processes start alike."""
+    net.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for attention in [module for module in net.modules() if isinstance(module, Attention)]:
+        for parent, name in ((attention, "to_q"), (attention, "to_k"), (attention, "to_v"), (attention.to_out, "0")):
+            setattr(parent, name, LoRALinear(getattr(parent, name), rank, generator))
+    return net
+
+
+def lora_weights(net):
+    """The trained matrices of a UNet with LoRA, under the names that diffusers' `load_lora_weights` reads -> {name: tensor}."""
+    return {f"unet.{name}": p.detach() for name, p in net.named_parameters() if "lora_" in name}
+
+
+def save_lora(net, folder):
+    """Write the LoRA alone: `folder`/pytorch_lora_weights.safetensors."""
+    save_file({name: w.cpu().contiguous() for name, w in lora_weights(net).items()}, Path(folder) / LORA, metadata={"format": "pt"})
+
+
+def load_lora(net, folder):
+    """What `save_lora` wrote, into a network with a LoRA of the same rank. Raises ValueError, one line."""
+    weights, own = load_file(path := Path(folder) / LORA), lora_weights(net)
+    if {name: w.shape for name, w in weights.items()} != {name: w.shape for name, w in own.items()}:
+        raise ValueError(f"{path} holds a LoRA of another network or rank")
+    for name, w in own.items():
+        w.copy_(weights[name])
