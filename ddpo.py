@@ -4,10 +4,11 @@ Denoising as an MDP (Sec. 4.3): the state is (c, t, x_t), the action x_{t-1}, th
 scheduler.py; the reward r(x_0, c) comes once, at the end. In reading order:
 
     guided_noise, predict_noise     Eq. 3: the guided noise prediction, in sampling and in training alike ("CFG training", App. E.1)
-    Trajectories, sample            roll the policy out and keep x_T ... x_0 and the log-probabilities
+    sample                          roll the policy out and keep x_T ... x_0 and the log-probabilities
     Policy                          the parts of a Stable Diffusion, from prompts to pictures
     PromptStatistics, normalize_advantages      Sec. 5.1, App. D: rewards normalised prompt by prompt
     reinforce_loss, ppo_loss        Eq. DDPO_SF and DDPO_IS, the two policy gradients
+    join ... training_order         several processes: each draws its share of the samples, gradients are summed in `step`
     step, update, improve           one optimizer step in micro-batches; DDPO's, on whole samples; those of an epoch
     rwr_weights, sparse_weights, denoising_loss, regress        Sec. 4.2: reward-weighted regression, the baseline
     learn                           an epoch's updates by any of the four
@@ -24,14 +25,16 @@ Deviations from the paper's text, and why:
 - RWR trains on the sampled x_0 itself; the authors' code encodes the finished picture again, through the VAE. Effect: none of the VAE's
   errors in the data. RWR-sparse never draws a sample of weight 0 for a batch (its gradient is 0), so that a batch is all signal.
 """
+import os
 from collections import deque
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from scheduler import add_noise, gaussian_log_prob, named_noise
+from scheduler import Trajectories, add_noise, gaussian_log_prob, named_noise
 
 
 def guided_noise(eps_uncond, eps_cond, w):
@@ -49,30 +52,6 @@ def predict_noise(unet, x_t, timesteps, cond, uncond, w):
     context = torch.cat([uncond.expand_as(cond), cond])                         # (2B, m, d)
     eps_uncond, eps_cond = unet(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), context).float().chunk(2)
     return guided_noise(eps_uncond, eps_cond, w)
-
-
-@dataclass
-class Trajectories:
-    """A batch of rollouts: all that sampling hands to training. float32, wherever and however the networks compute.
-
-    Of the latents only x_0 (B, 1, 4, h, w), and no prompt_embeds, where `Policy.sample` is not asked for whole trajectories.
-    """
-    latents: torch.Tensor           # (B, T+1, 4, h, w): x_T first, x_0 last
-    log_probs: torch.Tensor         # (B, T): log p(x_{t-1} | x_t, c) under the policy that sampled
-    timesteps: torch.Tensor         # (T,)
-    prompt_embeds: torch.Tensor     # (B, m, d)
-    rewards: torch.Tensor = None    # (B,)
-    advantages: torch.Tensor = None     # (B,)
-    places: torch.Tensor = None     # (B,): which of the epoch's samples these are; with several processes each has some
-
-    def __len__(self):
-        return len(self.latents)
-
-    @staticmethod
-    def cat(parts):
-        """Several batches of one epoch as one (timesteps are common to all)."""
-        joined = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Trajectories)}
-        return Trajectories(**{name: values[0] if name == "timesteps" or values[0] is None else torch.cat(values) for name, values in joined.items()})
 
 
 @torch.no_grad()
@@ -212,8 +191,17 @@ def policy_log_prob(unet, scheduler, trajectories, samples, steps, uncond, eta, 
     return gaussian_log_prob(x_prev, *scheduler.mean_std(eps, x_t, t, T, eta))
 
 
+def join(device):
+    """Under torchrun: meet the other processes, each with its own device, and wait for all."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        dist.barrier()
+
+
 def processes():
-    """torchrun's processes: the number of this one, and of all -> (0, 1) without torchrun."""
+    """The number of this process, and of all -> (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -226,8 +214,9 @@ def gather(mine):
 
 
 def everyones(mine, places):
-    """What all processes hold of an epoch's N samples, in the samples' order. mine (n, ...), places (n,): which samples they are of -> (N, ...)."""
-    return gather(mine)[gather(places).argsort()]
+    """What all processes hold of an epoch's N samples, in the samples' order. mine (n, ...) on any device, places (n,): which they are of -> (N, ...)."""
+    moved = mine if processes()[1] == 1 else mine.to(places.device)
+    return gather(moved)[gather(places).argsort().to(moved.device)].to(mine.device)
 
 
 def training_order(count, name):

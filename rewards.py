@@ -47,6 +47,15 @@ def locate(model, flag="--model", files=STABLE_DIFFUSION):
                          f"`hf download {model} --local-dir FOLDER`, then {flag} FOLDER") from None
 
 
+def choose_device(name, flag="--device"):
+    """auto: a CUDA GPU (under torchrun each process has its own), else the CPU. Raises ValueError, one line."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        return torch.zeros(1, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{flag} {name}: {str(error).splitlines()[0]}") from None
+
+
 def jpeg(image, quality):
     """The image as a JPEG file. uint8 (H, W, 3) -> bytes."""
     file = io.BytesIO()
@@ -134,9 +143,9 @@ def load_head(name):
 def diversity(embeds, prompts):
     """How much pictures of one prompt differ: 1 - cosine of their CLIP embeddings, averaged over all pairs that share a prompt.
 
-    embeds (B, d) of length 1 -> float; None where no prompt has two pictures.
+    embeds numpy (B, d), of length 1 -> float; None where no prompt has two pictures.
     """
-    index = torch.tensor([prompts.index(p) for p in prompts])
+    index, embeds = torch.tensor([prompts.index(p) for p in prompts]), torch.as_tensor(embeds)
     pairs = (index[:, None] == index) & ~torch.eye(len(prompts), dtype=torch.bool)
     return (1 - embeds @ embeds.T)[pairs].mean().item() if pairs.any() else None
 

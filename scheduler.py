@@ -9,6 +9,7 @@ denoising an MDP with exact likelihoods (Sec. 4.3).
     gaussian_log_prob           log N(x_{t-1}; mean, sigma), *averaged* over the latent's dimensions
     add_noise                   the forward process q(x_t | x_0)
     named_noise                 every sample's noise, drawn by a name of its own
+    Trajectories                what sampling records of all this, and training goes through again
 
 Deviations from the paper's text, as in its authors' code:
 - log p is the mean over the D dimensions of the latent, not the sum. Effect: ratios are geometric means of the per-dimension ratios, the
@@ -20,7 +21,7 @@ Deviations from the paper's text, as in its authors' code:
 """
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -146,3 +147,27 @@ class Scheduler:
         mean, std = self.mean_std(eps, x_t, timesteps, T, eta)
         x_prev = mean + expand(std, x_t) * noise
         return x_prev, gaussian_log_prob(x_prev, mean, std)
+
+
+@dataclass
+class Trajectories:
+    """A batch of rollouts: all that sampling hands to training. float32, wherever and however the networks compute.
+
+    Of the latents only x_0 (B, 1, 4, h, w), and no prompt_embeds, where `Policy.sample` is not asked for whole trajectories.
+    """
+    latents: torch.Tensor           # (B, T+1, 4, h, w): x_T first, x_0 last
+    log_probs: torch.Tensor         # (B, T): log p(x_{t-1} | x_t, c) under the policy that sampled
+    timesteps: torch.Tensor         # (T,)
+    prompt_embeds: torch.Tensor     # (B, m, d)
+    rewards: torch.Tensor = None    # (B,)
+    advantages: torch.Tensor = None     # (B,)
+    places: torch.Tensor = None     # (B,): which of the epoch's samples these are; with several processes each has some
+
+    def __len__(self):
+        return len(self.latents)
+
+    @staticmethod
+    def cat(parts):
+        """Several batches of one epoch as one (timesteps are common to all)."""
+        joined = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Trajectories)}
+        return Trajectories(**{name: values[0] if name == "timesteps" or values[0] is None else torch.cat(values) for name, values in joined.items()})

@@ -2,13 +2,11 @@
 
 The wiring of the paper's algorithms (Sec. 4, App. D): each epoch draws prompts, samples pictures with the present policy, rewards
 them, weighs them prompt by prompt and takes some optimizer steps; all mathematics is in ddpo.py and scheduler.py.
+`torchrun --nproc-per-node 8 train.py ...` runs this program once a GPU: each process has a share of the samples, the first one writes.
 
-Settings: the command line, else the `ddpo.json` in the model's folder, else the paper's Table D.5. Deviations from the paper: with --samples-per-prompt above 1 (the zoo's default) prompts repeat within an epoch; with --warmup above 0 (the
-zoo's default) the learning rate rises over the first updates, for Adam's first steps move every weight by all of it; the model that
-`--model auto` picks without a CUDA GPU is the miniature in tutorial/zoo, with settings of its own.
-
-Several GPUs: `torchrun --nproc-per-node 8 train.py ...` runs this program once for each. A process draws and rewards its share of the samples; ddpo.py
-gathers rewards and sums gradients, so that all take the same steps; the first one writes.
+Settings: the command line, else the `ddpo.json` in the model's folder, else the paper's Table D.5. Deviations from the paper: with --samples-per-prompt
+above 1 (the zoo's default) prompts repeat within an epoch; with --warmup above 0 (the zoo's default) the learning rate rises over the first updates, for
+Adam's first steps move every weight by all of it; the model that `--model auto` picks without a CUDA GPU is the miniature in tutorial/zoo.
 """
 import argparse
 import dataclasses
@@ -20,7 +18,6 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,18 +31,18 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import ddpo
-from rewards import REWARDS, checked, clip_embedder, diversity, draw_prompts, load_prompts, loading, locate, make_reward, spread_prompts
+from rewards import REWARDS, checked, choose_device, clip_embedder, diversity, draw_prompts, load_prompts, loading, locate, make_reward, spread_prompts
 from scheduler import Scheduler
 from unet import VAE, UNet, add_lora, load, load_lora, save, save_lora
 
 ZOO = Path(__file__).parent / "tutorial" / "zoo" / "stable-diffusion"
-RWR = {"samples_per_epoch": 10_000, "batch_size": 128, "updates": 400, "eval_every": 1, "checkpoint_every": 1}
-ALGORITHMS = {"ddpo-is": {"batch_size": 64}, "ddpo-sf": {"batch_size": 256}, "rwr": RWR, "rwr-sparse": RWR}       # Table D.5: what depends on the algorithm
+ALGORITHMS = {"ddpo-is": {"batch_size": 64}, "ddpo-sf": {"batch_size": 256}, **dict.fromkeys(["rwr", "rwr-sparse"], {       # Table D.5: what depends on the algorithm
+    "samples_per_epoch": 10_000, "batch_size": 128, "updates": 400, "eval_every": 1, "checkpoint_every": 1})}
 PROMPTS = {"aesthetic": {"prompts": "common-animals"}, "alignment": {"prompts": "animal-activities"}}         # Sec. 6: and on the reward
-LORA = {"lr": 3e-4}                                 # App. C
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EVALUATION = 2**31                                  # stands for the epoch in the names of the fixed evaluation noises
 option = lambda default, help, **more: dataclasses.field(default=default, metadata={"help": help, **more})             # noqa: E731
+progress = lambda text, unit, total: tqdm(desc=text, unit=unit, total=total, leave=False, disable=True if ddpo.processes()[0] else None)             # noqa: E731
 
 
 @dataclasses.dataclass
@@ -110,15 +107,15 @@ def model_settings(folder):
     """The model's own ddpo.json: {"all": {...}, and by reward, algorithm or "lora"}, checked -> dict of dicts; {} where there is none."""
     path, known = folder / "ddpo.json", ["all", *REWARDS, *ALGORITHMS, "lora"]
     fixed = {"reward", "algorithm", "model", "lora_rank", "vlm_url", "reward_device", "seed", "device", "out", "resume", "debug"}
-    types = {f.name: (float, int) if f.type is float else (f.type,) for f in dataclasses.fields(Config) if f.name not in fixed}
+    types = {f.name: {f.type, int} if f.type is float else {f.type} for f in dataclasses.fields(Config) if f.name not in fixed}
     try:
         own = json.loads(path.read_text()) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(own, dict) or not set(own) <= set(known) or not all(isinstance(part, dict) for part in own.values()):
-        raise ValueError(f'{path}: needed is an object such as {{"all": {{"steps": 20}}}}, of sections {", ".join(known)}')
+        if not set(own) <= set(known) or not all(isinstance(part, dict) for part in own.values()):
+            raise ValueError("unknown sections")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f'{path}: needed is JSON such as {{"all": {{"steps": 20}}}}, of sections {", ".join(known)} ({error})') from None
     for part, name, value in [(part, *item) for part in own.values() for item in part.items()]:
-        if name not in types or type(value) not in types[name]:
+        if type(value) not in types.get(name, ()):
             raise ValueError(f"{path} sets {name} = {value!r}: no setting of a model, or not of its type")
         if type(value) is str:                              # paths are relative to the model's folder
             if ".py:" in value and folder.resolve() != ZOO.resolve():
@@ -131,10 +128,10 @@ def resolve(given, folder):
     """The whole Config: the command line over the model's ddpo.json over the paper's table. Raises ValueError, one line."""
     own = model_settings(folder)
     reward, algorithm = given.get("reward", Config.reward), given.get("algorithm", Config.algorithm)
-    before, after = (LORA, own.get("lora", {})) if given.get("lora_rank") else ({}, {})
-    c = Config(**{**ALGORITHMS[algorithm], **PROMPTS.get(reward, {}), **before, **own.get("all", {}), **own.get(reward, {}), **own.get(algorithm, {}), **after, **given})
+    paper, lora = ({"lr": 3e-4}, own.get("lora", {})) if given.get("lora_rank") else ({}, {})           # App. C
+    c = Config(**{**ALGORITHMS[algorithm], **PROMPTS.get(reward, {}), **paper, **own.get("all", {}), **own.get(reward, {}), **own.get(algorithm, {}), **lora, **given})
     c.batch_size = c.samples_per_epoch if algorithm == "ddpo-sf" and "batch_size" not in given else c.batch_size
-    ddpo_, n, size = algorithm.startswith("ddpo"), c.samples_per_epoch, c.batch_size
+    ddpo_, n, size, world = algorithm.startswith("ddpo"), c.samples_per_epoch, c.batch_size, ddpo.processes()[1]
     for f in dataclasses.fields(Config):
         value = getattr(c, f.name)
         least = {"seed": 0, "eta": 0, "percentile": 0, "weight_decay": 0, "warmup": 0, "guidance": 0, "lora_rank": 0, "eval_samples": 2}.get(f.name, 1e-12)
@@ -145,100 +142,56 @@ def resolve(given, folder):
             (c.percentile > 1, f"--percentile {c.percentile:g}: between 0 (keep all) and 1 (keep the best)"),
             (c.min_count > c.history_size, f"--min-count {c.min_count} is more than --history-size {c.history_size}: no prompt would ever have enough"),
             (n % c.samples_per_prompt, f"--samples-per-epoch {n} must be a multiple of --samples-per-prompt ({c.samples_per_prompt})"),
+            (n % world or size % world or c.eval_samples % world, f"--samples-per-epoch {n}, --batch-size {size} and --eval-samples {c.eval_samples} must be multiples of the number of processes, {world}"),
             (algorithm == "ddpo-sf" and size != n, f"--batch-size {size}: ddpo-sf takes one update an epoch, so all its samples ({n})"),
             (ddpo_ and n % size, f"--samples-per-epoch {n} must be a multiple of --batch-size ({size})"),
             (ddpo_ and c.updates not in (None, n // size), f"--updates {c.updates}: {algorithm} takes each picture once, {n // size} updates of --batch-size {size}")]:
         if bad:
             raise ValueError(why)
-    c.updates = c.updates or n // size
-    return c
-
-
-def choose_device(name, flag="--device"):
-    """auto: a CUDA GPU (under torchrun each process has its own), else the CPU. Raises ValueError, one line."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        return torch.zeros(1, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"{flag} {name}: {str(error).splitlines()[0]}") from None
-
-
-def join(device):
-    """Under torchrun: meet the other processes; only the first one prints."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-        if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")
+    return dataclasses.replace(c, updates=c.updates or n // size)
 
 
 def load_policy(folder, device, config):
-    """The parts of a Stable Diffusion folder on a device -> ddpo.Policy. What is frozen is kept in the precision of the arithmetic, what is trained in
-    float32; autocast is around the networks and nothing else, so that all of the mathematics is in float32."""
+    """A Stable Diffusion folder -> ddpo.Policy. Trained weights are float32, frozen ones may be half; autocast is around the networks alone, the rest is float32."""
     from transformers import CLIPTextModel, CLIPTokenizer
-    dtype = PRECISIONS[config.precision]
+    dtype, half = PRECISIONS[config.precision], config.precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = half             # fp32 is fp32
     unet, vae = load(UNet, folder / "unet", dtype if config.lora_rank else torch.float32), load(VAE, folder / "vae", dtype).requires_grad_(False)
-    if config.lora_rank:
-        add_lora(unet, config.lora_rank, config.seed)
     unet.gradient_checkpointing = config.grad_checkpointing
+    unet = add_lora(unet, config.lora_rank, config.seed) if config.lora_rank else unet
     unet, vae = (net.to(device, memory_format=torch.channels_last) for net in (unet, vae))
     tokenizer = loading("--model", folder, CLIPTokenizer, folder / "tokenizer")
     encoder = loading("--model", folder, CLIPTextModel, folder / "text_encoder", dtype=dtype).to(device).eval()
-    if config.precision != "fp32":
+    if half:
         unet.forward, vae.decode = (torch.autocast(device.type, dtype)(function) for function in (unet.forward, vae.decode))
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        backend.allow_tf32 = config.precision != "fp32"     # fp32 is fp32
     return ddpo.Policy(unet, vae, Scheduler.from_folder(folder / "scheduler").to(device), tokenizer, encoder, device, config.steps, config.eta, config.guidance)
 
 
-def progress(total, unit, description):
-    return tqdm(total=total, desc=description, unit=unit, leave=False, disable=True if ddpo.processes()[0] else None)
-
-
-def draw(policy, config, prompts, places, epoch, description, each=None, whole=False):
-    """Sample the pictures of this process, those of `places` in the list of prompts, their noises named by (seed, epoch, place) -> Trajectories, images."""
-    with progress(-(-len(places) // config.sample_batch) * config.steps, "step", description) as bar:
-        return policy.sample(prompts, (config.seed, epoch), config.sample_batch, bar.update, each, whole, places)
-
-
-def everyones(values, trajectories):
-    """What all processes hold, in the samples' order. numpy (n, ...) -> (N, ...)."""
-    one = ddpo.processes()[1] == 1
-    return values if one else ddpo.everyones(torch.from_numpy(values).to(trajectories.places.device), trajectories.places).cpu().numpy()
+def draw(run, prompts, places, epoch, description, each=None, whole=False):
+    """Sample this process's pictures, those of `places` among the prompts -> Trajectories, images, and `ddpo.everyones` of numpy arrays (n, ...) -> (N, ...)."""
+    with progress(description, "step", -(-len(places) // run.config.sample_batch) * run.config.steps) as bar:
+        trajectories, images = run.policy.sample(prompts, (run.config.seed, epoch), run.config.sample_batch, bar.update, each, whole, places)
+    return trajectories, images, lambda values: ddpo.everyones(torch.as_tensor(values), trajectories.places).numpy()
 
 
 def evaluate(run, epoch):
     """Reward the fixed prompts and noises; write the grid of pictures and the figures behind it -> metrics."""
-    prompts, (rank, world) = 2 * spread_prompts(run.prompts, run.config.eval_samples // 2), ddpo.processes()          # two of each, for the diversity
-    trajectories, images = draw(run.policy, run.config, prompts, range(len(prompts))[rank::world], EVALUATION, "evaluating")
-    scores = {name: everyones(checked(reward, images, prompts[rank::world])[0], trajectories) for name, reward in {"reward": run.reward, **run.watched}.items()}
-    spread, images = run.diversity(images, trajectories, prompts), everyones(images, trajectories)
+    (rank, world), c, prompts = ddpo.processes(), run.config, 2 * spread_prompts(run.prompts, run.config.eval_samples // 2)           # two of each, for the diversity
+    _, images, everyones = draw(run, prompts, range(len(prompts))[rank::world], EVALUATION, "evaluating")
+    scores = {name: everyones(checked(reward, images, prompts[rank::world])[0]) for name, reward in {"reward": run.reward, **run.watched}.items()}
+    spread, images = run.clip and diversity(everyones(run.clip(images)), prompts), everyones(images)
     if rank:
         return {}
     side, tile = math.ceil(len(images) ** 0.5), min(images.shape[1], 256)
     grid = Image.new("RGB", (side * tile, -(-len(images) // side) * tile))
-    for i, image in enumerate(images):
-        grid.paste(Image.fromarray(image).resize((tile, tile)), (i % side * tile, i // side * tile))
+    [grid.paste(Image.fromarray(image).resize((tile, tile)), (i % side * tile, i // side * tile)) for i, image in enumerate(images)]
     grid.save(run.out / "samples" / f"epoch_{epoch:04d}.png")
-    record = {"epoch": epoch, "prompts": prompts, "rewards": scores["reward"].tolist(), **{name: scores[name].tolist() for name in run.watched}}
-    write_whole(run.out / "samples" / f"epoch_{epoch:04d}.json", json.dumps(record, indent=1) + "\n")
+    write_json(run.out / "samples" / f"epoch_{epoch:04d}.json", {"epoch": epoch, "prompts": prompts, "rewards": scores["reward"].tolist(),
+                                                                 **{name: scores[name].tolist() for name in run.watched}})
     base = np.array(json.loads((run.out / "samples" / "epoch_0000.json").read_text())["rewards"])
     gain, error = (scores["reward"] - base).mean(), (scores["reward"] - base).std(ddof=1) / len(base) ** 0.5
-    return {"eval_queries": epoch * run.config.samples_per_epoch, "eval_diversity": spread,
-            "eval_gain_sd": gain / max(base.std(), 1e-12), "eval_gain_se": gain / max(error, 1e-12),
-            **{f"eval_{name}_{kind}": getattr(s, kind)() for name, s in scores.items() for kind in ("mean", "std")}}
-
-
-def train_epoch(run, trajectories, prompts, epoch):
-    """The optimizer updates of an epoch, under a bar -> their metrics."""
-    c = run.config
-    lrs = [c.lr * min(1, (epoch * c.updates + n + 1) / (c.warmup + 1)) for n in range(c.updates)]
-    losses = c.batch_size // ddpo.processes()[1] * (1 if c.algorithm.startswith("rwr") else c.steps)           # an update
-    with progress(-(-losses // c.micro_batch) * c.updates, "pass", f"epoch {epoch}: training") as bar:
-        return ddpo.learn(run.policy, run.optimizer, trajectories, prompts, run.statistics, algorithm=c.algorithm, batch_size=c.batch_size, lrs=lrs,
-                          name=[c.seed, epoch, 1], w=1.0 if c.no_cfg_training else c.guidance, beta=c.beta, percentile=c.percentile,
-                          clip_range=c.clip_range, micro_batch=c.micro_batch, max_grad_norm=c.max_grad_norm, scaler=run.scaler, tick=bar.update)
+    return {"eval_queries": epoch * c.samples_per_epoch, "eval_diversity": spread, "eval_gain_sd": gain / max(base.std(), 1e-12),
+            "eval_gain_se": gain / max(error, 1e-12), **{f"eval_{name}_{kind}": getattr(s, kind)() for name, s in scores.items() for kind in ("mean", "std")}}
 
 
 def write_checkpoint(run, epoch):
@@ -251,23 +204,21 @@ def write_checkpoint(run, epoch):
     save_file({f"{i}.{name}": value.cpu().contiguous() for i, values in state.items() for name, value in values.items()}, aside / "optimizer.safetensors")
     (aside / "state.json").write_text(json.dumps({"epoch": epoch, "statistics": run.statistics.state_dict(), "scaler": run.scaler.state_dict()}))
     os.replace(aside, aside.with_suffix(""))
-    for old in sorted((run.out / "checkpoints").glob("[0-9]" * 6))[:-2]:
+    for old in run.checkpoints()[:-2]:
         shutil.rmtree(old)
 
 
 def read_checkpoint(run):
     """Everything back from the newest whole checkpoint -> the epochs behind it; 0 where there is none yet."""
-    if not (found := sorted((run.out / "checkpoints").glob("[0-9]" * 6))):
+    if not (found := run.checkpoints()):
         return 0
-    unet, state = run.policy.unet, {}
+    unet, parameters, state = run.policy.unet, run.optimizer.param_groups[0]["params"], {}
     try:
         load_lora(unet, found[-1]) if run.config.lora_rank else unet.load_state_dict(load(UNet, found[-1] / "unet").state_dict())
-        parameters = run.optimizer.param_groups[0]["params"]
         with safe_open(found[-1] / "optimizer.safetensors", "pt") as file:
-            for key in file.keys():
-                (i, name), value = key.split("."), file.get_tensor(key)        # moments lie in memory as their parameters do
+            for (i, name), value in ((key.split("."), file.get_tensor(key)) for key in file.keys()):             # moments lie in memory as their parameters do
                 state.setdefault(int(i), {})[name] = torch.empty_like(parameters[int(i)]).copy_(value) if value.ndim else value
-        run.optimizer.load_state_dict({"state": state, "param_groups": run.optimizer.state_dict()["param_groups"]})
+        run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
         rest = json.loads((found[-1] / "state.json").read_text())
         run.statistics.load_state_dict(rest["statistics"]), run.scaler.load_state_dict(rest["scaler"])
         print(f"resuming from {found[-1]}")
@@ -276,8 +227,9 @@ def read_checkpoint(run):
         raise ValueError(f"{found[-1]} cannot be read ({error}); delete it to go on from the checkpoint before") from None
 
 
-def write_whole(path, text):
-    """Aside, then renamed: readers find the old text or the new, never half of one."""
+def write_json(path, value):
+    """A list as lines, anything else as one document. Aside, then renamed: readers find the old text or the new, never half of one."""
+    text = "".join(json.dumps(line, default=str) + "\n" for line in value) if isinstance(value, list) else json.dumps(value, indent=1) + "\n"
     (aside := path.with_name(path.name + ".tmp")).write_text(text)
     aside.replace(path)
 
@@ -288,36 +240,37 @@ def read_lines(path, before=math.inf):
     return [line for line in lines if line["epoch"] < before]
 
 
-def append_lines(path, lines):
-    with open(path, "a") as file:
-        file.writelines(json.dumps(line, default=str) + "\n" for line in lines)
-
-
-def write_metrics(run, line):
-    """Append the epoch's line to metrics.jsonl with the alarms it sets off; print the new ones; stop the run at a number that is not finite."""
-    before = read_lines(run.out / "metrics.jsonl")
+def write_metrics(run, metrics, evaluation):
+    """Add the epoch's line to metrics.jsonl with the alarms it sets off; print it, and the new alarms; stop the run at a number that is not finite."""
+    before, line = read_lines(path := run.out / "metrics.jsonl"), {**evaluation, **metrics}             # the first line keeps the base model's evaluation
     found = ddpo.alarms([*before, line], run.config.updates - 1 if run.config.algorithm == "ddpo-is" else 0)
     clean = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()}
-    append_lines(run.out / "metrics.jsonl", [{**clean, "warnings": list(found)}])
+    write_json(path, [*before, {**clean, "warnings": list(found)}])
+    moved = "kl {approx_kl:.1e}  clipped {clip_fraction:4.0%}  " if line["approx_kl"] is not None else ""
+    print(("epoch {epoch:3d}  queries {reward_queries:6d}  reward {reward_mean:8.3f} +- {reward_std:.3f}  " + moved + "grad {grad_norm:.2g}  {seconds:.0f} s").format(
+        **line, seconds=sum(line[name] for name in line if name.startswith("seconds"))), flush=True)
+    if evaluation:
+        print("    fixed pictures: {eval_reward_mean:.3f} +- {eval_reward_std:.3f}, a gain of {eval_gain_sd:.2f} standard deviations of the base model's "
+              "rewards = {eval_gain_se:.1f} paired standard errors".format(**evaluation), flush=True)
     for name in set(found) - set(before[-1].get("warnings", []) if before else []):
         print(f"warning ({name}), epoch {line['epoch']}: {found[name]}", flush=True)
     if "not finite" in found:
-        whole = sorted((run.out / "checkpoints").glob("[0-9]" * 6))
-        raise ValueError(f"epoch {line['epoch']}: {found['not finite']}, " + (f"with --resume from {whole[-1]}" if whole else "in another --out: there is no checkpoint yet"))
+        way = f"with --resume from {run.checkpoints()[-1]}" if run.checkpoints() else "in another --out: there is no checkpoint yet"
+        raise ValueError(f"epoch {line['epoch']}: {found['not finite']}, {way}")
 
 
 def draw_curve(out, config):
     """reward.png against reward queries: the reward; and all that is watched on the fixed pictures, in the base model's deviations."""
     lines, (left, right) = read_lines(out / "metrics.jsonl"), (figure := Figure(figsize=(12, 4.5), layout="constrained")).subplots(1, 2)
-    mean, std = (np.array([line[k] for line in lines]) for k in ("reward_mean", "reward_std"))
-    queries = [line["reward_queries"] - config.samples_per_epoch for line in lines]         # sampled before the epoch's updates
+    mean, std, queries = (np.array([line[k] for line in lines]) for k in ("reward_mean", "reward_std", "reward_queries"))
+    queries -= config.samples_per_epoch                 # sampled before the epoch's updates
     left.plot(queries, mean, label="training samples (mean, std)")
     left.fill_between(queries, mean - std, mean + std, alpha=0.15)
-    evaluated = [line for line in lines if "eval_queries" in line]
-    at, base = [line["eval_queries"] for line in evaluated], evaluated[0]
-    left.plot(at, [line["eval_reward_mean"] for line in evaluated], "o-", label="fixed pictures")
+    base, *_ = evaluated = [line for line in lines if "eval_queries" in line]
     for name in [key[5:-5] for key in base if key.startswith("eval_") and key.endswith("_mean")]:
-        right.plot(at, [(line[f"eval_{name}_mean"] - base[f"eval_{name}_mean"]) / (base[f"eval_{name}_std"] or 1) for line in evaluated], "o-", label=name)
+        at, means = np.array([(line["eval_queries"], line[f"eval_{name}_mean"]) for line in evaluated]).T
+        right.plot(at, (means - means[0]) / (base[f"eval_{name}_std"] or 1), "o-", label=name)
+        name == "reward" and left.plot(at, means, "o-", label="fixed pictures")
     left.set(xlabel="reward queries", ylabel=config.reward, title=f"{config.algorithm} on {config.reward}")
     right.set(xlabel="reward queries", ylabel="gain in the base model's deviations", title="fixed pictures")
     left.legend(), right.legend()
@@ -327,12 +280,11 @@ def draw_curve(out, config):
 def resumed(given):
     """With --resume, the settings of the run in --out under those given now, of which only a few may differ; without, --out must hold none."""
     stored = Path(given.get("out", os.devnull)) / "config.json"
+    if stored.is_file() != given.get("resume", False):
+        raise ValueError(f"--out {given['out']} holds a run already: add --resume to go on with it, or choose another folder" if stored.is_file() else
+                         f"--resume needs --out FOLDER, that of the run to go on with; {given.get('out')} holds no config.json")
     if not given.get("resume"):
-        if stored.exists():
-            raise ValueError(f"--out {given['out']} holds a run already: add --resume to go on with it, or choose another folder")
         return given
-    if not stored.is_file():
-        raise ValueError(f"--resume needs --out FOLDER, that of the run to go on with; {given.get('out')} holds no config.json")
     before = json.loads(stored.read_text())
     if not isinstance(before, dict) or not set(before) <= {f.name for f in dataclasses.fields(Config)}:
         raise ValueError(f"{stored} was written by another version of train.py, or by another program")
@@ -345,20 +297,16 @@ def resumed(given):
 def prepare(given):
     """Everything loaded, and the run's folder -> all that a run holds. What can be refused is refused before the folder is made."""
     given = resumed(given)
-    join(device := choose_device(given.get("device", Config.device)))
+    ddpo.join(device := choose_device(given.get("device", Config.device)))
+    if ddpo.processes()[0]:
+        sys.stdout = open(os.devnull, "w")              # one voice is enough
     if (model := given.get("model", Config.model)) == "auto":
-        model = "CompVis/stable-diffusion-v1-4" if device.type == "cuda" else "zoo"
-        print(f"model: {model}, since there is {'a' if device.type == 'cuda' else 'no'} CUDA GPU (others: --model)")
-    folder = ZOO if model == "zoo" else locate(model)
-    config, world = resolve({**given, "model": model}, folder), ddpo.processes()[1]
-    for name in ("samples_per_epoch", "batch_size", "eval_samples"):
-        if getattr(config, name) % world:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be a multiple of the number of processes ({world})")
-    prompts = load_prompts(config.prompts)
-    policy = load_policy(folder, device, config)
+        model, why = ("CompVis/stable-diffusion-v1-4", "a") if device.type == "cuda" else ("zoo", "no")
+        print(f"model: {model}, since there is {why} CUDA GPU (others: --model)")
+    config = resolve({**given, "model": model}, folder := ZOO if model == "zoo" else locate(model))
+    prompts, policy = load_prompts(config.prompts), load_policy(folder, device, config)
     policy.scheduler.timesteps(config.steps)            # refuses an impossible T
-    reward_device = choose_device(config.reward_device or str(device), "--reward-device")
-    reward = make_reward(config.reward, config, reward_device)
+    reward = make_reward(config.reward, config, reward_device := choose_device(config.reward_device or str(device), "--reward-device"))
     names = [name.strip() for name in config.metrics.split(",") if name.strip() not in ("", config.reward)]
     watched = {name.rpartition(":")[2]: make_reward(name, config, reward_device) for name in names}
     if len(watched) < len(names) or {"reward", "rewards", "prompts", "epoch"} & set(watched):
@@ -366,99 +314,84 @@ def prepare(given):
     try:
         clip = clip_embedder(config.clip, reward_device)
     except ValueError as error:
-        clip = None
-        print(f"diversity is not measured: {error}")
+        clip = print(f"diversity is not measured: {error}")             # None
     config.out = config.out or str(Path("runs") / f"{config.reward.rpartition(':')[2]}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}")
     (Path(config.out) / "samples").mkdir(parents=True, exist_ok=True)
     trained = [p for p in policy.unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=device.type == "cuda")
     return SimpleNamespace(
-        config=config, out=Path(config.out), policy=policy, optimizer=optimizer, scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"), prompts=prompts, reward=reward, watched=watched,
-        apart=reward_device != device or (config.reward == "alignment" and bool(config.vlm_url)),           # rewarded while the next batch is drawn
-        diversity=lambda images, trajectories, prompts: diversity(torch.from_numpy(everyones(clip(images).numpy(), trajectories)), prompts) if clip else None,
-        statistics=ddpo.PromptStatistics(config.history_size, config.min_count))
+        config=config, out=Path(config.out), policy=policy, prompts=prompts, reward=reward, watched=watched, clip=clip,
+        checkpoints=lambda: sorted((Path(config.out) / "checkpoints").glob("[0-9]" * 6)),
+        optimizer=torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=device.type == "cuda"),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"), statistics=ddpo.PromptStatistics(config.history_size, config.min_count),
+        apart=reward_device != device or (config.reward == "alignment" and bool(config.vlm_url)))           # rewarded while the next batch is drawn
 
 
 def loop(run):
     """The epochs, from the newest checkpoint on."""
     config, out, start = run.config, run.out, read_checkpoint(run) if run.config.resume else 0
-    if start >= config.epochs and config.resume:
+    if start >= config.epochs:
         raise ValueError(f"--epochs {config.epochs}: the run in {out} has {start} epochs behind it already")
-    first = ddpo.processes()[0] == 0
-    if first:
-        write_whole(out / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        for name in ("metrics.jsonl", "descriptions.jsonl"):
-            write_whole(out / name, "".join(json.dumps(line) + "\n" for line in read_lines(out / name, before=start)))
+    if first := ddpo.processes()[0] == 0:
+        write_json(out / "config.json", dataclasses.asdict(config))
+        for path in (out / "metrics.jsonl", out / "descriptions.jsonl"):
+            write_json(path, read_lines(path, before=start))
     print(f"{config.algorithm} on {config.reward}: {config.epochs} epochs of {config.samples_per_epoch} pictures, into {out}", flush=True)
-
     for epoch in range(start, config.epochs):
-        done, last, queries = epoch + 1, epoch + 1 == config.epochs, (epoch + 1) * config.samples_per_epoch
-        metrics = evaluate(run, 0) if epoch == 0 else {}
-        metrics |= one_epoch(run, epoch)
+        done, last = epoch + 1, epoch + 1 == config.epochs
+        metrics = {"epoch": epoch, "reward_queries": done * config.samples_per_epoch, **(evaluate(run, 0) if epoch == 0 else {}), **one_epoch(run, epoch)}
         evaluation = evaluate(run, done) if last or done % config.eval_every == 0 else {}
         if first:
-            write_metrics(run, {"epoch": epoch, "reward_queries": queries, **evaluation, **metrics})         # the first line keeps the base model's evaluation
+            write_metrics(run, metrics, evaluation)
             draw_curve(out, config)
-            report(epoch, queries, {**metrics, **evaluation})
             if last or done % config.checkpoint_every == 0:
                 write_checkpoint(run, done)
 
 
 def one_epoch(run, epoch):
     """Sample, reward, normalise, update: one round of the paper's loop -> metrics."""
-    c, rewarded, clock, beside, (rank, world) = run.config, [], [time.time()], ThreadPoolExecutor(1), ddpo.processes()
-    places = sorted(ddpo.training_order(c.samples_per_epoch, [c.seed, epoch, 1])[rank::world].tolist())
+    c, rewarded, clock, beside, (rank, world), name = run.config, [], [time.time()], ThreadPoolExecutor(1), ddpo.processes(), [run.config.seed, epoch, 1]
     drawn = draw_prompts(run.prompts, c.samples_per_epoch, c.samples_per_prompt, np.random.default_rng([c.seed, epoch]))
+    places = sorted(ddpo.training_order(len(drawn), name)[rank::world].tolist())        # of this process
 
     def each(images, prompts):
         [future.result() for future in rewarded if future.done()]                       # a batch that failed ends the epoch at once
         rewarded.append(beside.submit(checked, run.reward, images, prompts))
 
     try:
-        trajectories, images = draw(run.policy, c, drawn, places, epoch, f"epoch {epoch}: sampling", each if run.apart else None, whole=c.algorithm.startswith("ddpo"))
+        trajectories, images, everyones = draw(run, drawn, places, epoch, f"epoch {epoch}: sampling", each if run.apart else None, c.algorithm.startswith("ddpo"))
         clock.append(time.time())
         parts = [future.result() for future in rewarded] or [checked(run.reward, images, [drawn[i] for i in places])]
     finally:
         beside.shutdown(cancel_futures=True)
     scores = np.concatenate([part for part, _ in parts])
-    shown = {name: sum((list(extra[name]) for _, extra in parts), []) for name in parts[0][1]}
-    if shown and not rank:                              # of eight pictures an epoch
-        append_lines(run.out / "descriptions.jsonl", [{"epoch": epoch, "prompt": drawn[places[i]], "score": scores[i], **{name: shown[name][i] for name in shown}}
-                                                      for i in range(0, len(places), -(-len(places) // 8))])
-    trajectories.rewards, scores = torch.from_numpy(scores).float().to(run.policy.device), everyones(scores, trajectories)
-    metrics = {"reward_mean": scores.mean(), "reward_std": scores.std(), "diversity": run.diversity(images, trajectories, drawn)}
+    if (shown := {name: sum((list(extra[name]) for _, extra in parts), []) for name in parts[0][1]}) and not rank:
+        some = [(i, {key: shown[key][i] for key in shown}) for i in range(0, len(places), -(-len(places) // 8))]            # of eight pictures an epoch
+        lines = [{"epoch": epoch, "prompt": drawn[places[i]], "score": scores[i], **what} for i, what in some]
+        write_json(run.out / "descriptions.jsonl", read_lines(run.out / "descriptions.jsonl") + lines)
+    trajectories.rewards, scores = torch.from_numpy(scores).float().to(run.policy.device), everyones(scores)
+    metrics = {"reward_mean": scores.mean(), "reward_std": scores.std(), "diversity": run.clip and diversity(everyones(run.clip(images)), drawn)}
     del images                                          # 7.9 GB in a round of RWR on SD v1.4
     clock.append(time.time())
-    metrics |= train_epoch(run, trajectories, drawn, epoch)
+    losses = c.batch_size // world * (1 if c.algorithm.startswith("rwr") else c.steps)              # an update
+    with progress(f"epoch {epoch}: training", "pass", -(-losses // c.micro_batch) * c.updates) as bar:
+        metrics |= ddpo.learn(run.policy, run.optimizer, trajectories, drawn, run.statistics, algorithm=c.algorithm, batch_size=c.batch_size, name=name,
+                              lrs=[c.lr * min(1, (epoch * c.updates + n + 1) / (c.warmup + 1)) for n in range(c.updates)], w=1.0 if c.no_cfg_training else c.guidance, beta=c.beta, percentile=c.percentile, clip_range=c.clip_range, micro_batch=c.micro_batch,
+                              max_grad_norm=c.max_grad_norm, scaler=run.scaler, tick=bar.update)
     return metrics | dict(zip(("seconds_sampling", "seconds_reward", "seconds_training"), np.diff([*clock, time.time()]).round(3).tolist()))
-
-
-def report(epoch, queries, m):
-    """One line an epoch for the eye, and one for an evaluation."""
-    moved = f"kl {m['approx_kl']:.1e}  clipped {m['clip_fraction']:4.0%}  " if m["approx_kl"] is not None else ""
-    seconds = sum(value for name, value in m.items() if name.startswith("seconds"))
-    print(f"epoch {epoch:3d}  queries {queries:6d}  reward {m['reward_mean']:8.3f} +- {m['reward_std']:.3f}  {moved}grad {m['grad_norm']:.2g}  {seconds:.0f} s", flush=True)
-    if m.get("eval_queries"):
-        print(f"    fixed pictures: {m['eval_reward_mean']:.3f} +- {m['eval_reward_std']:.3f}, a gain of {m['eval_gain_sd']:.2f} standard deviations of the base "
-              f"model's rewards = {m['eval_gain_se']:.1f} paired standard errors", flush=True)
 
 
 def main(argv=None):
     given = parse(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)           # torchrun's, when another process has died, or a job queue's: end as by Ctrl-C
     try:
-        run = prepare(given)
-        if ddpo.processes()[1] > 1:
-            dist.barrier()                              # all have looked into the run's folder before the first writes to it
-        loop(run)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        loop(prepare(given))
+        dist.is_initialized() and dist.destroy_process_group()
     except (ValueError, OSError, RuntimeError) as error:
-        (rank, world), full = ddpo.processes(), isinstance(error, torch.OutOfMemoryError)
+        rank, world = ddpo.processes()
         if given.get("debug") or (type(error) is RuntimeError and world == 1):
             raise
-        hint = "; less memory: --precision bf16, --grad-checkpointing, --lora-rank 4, a smaller --micro-batch or --sample-batch" if full else ""
-        sys.exit(f"train.py: {f'process {rank} of {world}: ' if world > 1 else ''}{' '.join(str(error).split())}{hint}")
+        hint = "; try --precision bf16, --grad-checkpointing, --lora-rank 4, a smaller --micro-batch or --sample-batch" * isinstance(error, torch.OutOfMemoryError)
+        sys.exit(f"train.py: {f'process {rank} of {world}: ' * (world > 1)}{' '.join(str(error).split())}{hint}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; where a checkpoint was written, --out and the run's folder with --resume go on from it")
 

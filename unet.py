@@ -199,7 +199,6 @@ class UNet(nn.Module):
             c_in = c
 
         self.mid_block = Block([resnet(c_in, c_in), resnet(c_in, c_in)], [attention(c_in)])
-
         self.up_blocks = nn.ModuleList()
         for level, (kind, c) in enumerate(zip(config["up_block_types"], reversed(channels))):
             last = level == len(channels) - 1
@@ -359,10 +358,7 @@ def save(net, folder, dtype=None):
 
 
 class LoRALinear(nn.Linear):
-    """A frozen linear layer W and beside it a trained product of two thin matrices (Hu et al. 2021): W x + b + B A x, of scale alpha / rank = 1.
-
-    B starts at 0: at first nothing changes. A ~ N(0, 1 / rank^2), as in the authors' code.
-    """
+    """W x + b + B A x (Hu et al. 2021, scale alpha / rank = 1): W and b frozen, B 0 at first, A ~ N(0, 1 / rank^2) as in the authors' code."""
 
     def __init__(self, linear, rank, generator):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")

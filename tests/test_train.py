@@ -316,13 +316,13 @@ def test_the_reward_of_a_server_is_taken_beside_sampling_and_shown(server, minil
 
 def test_a_server_that_stays_away_stops_the_run_and_leaves_the_checkpoint(server, minilm, tmp_path, monkeypatch):
     arguments = [*TINY, "--reward", "alignment", "--vlm-url", server.url, "--bert", minilm, "--bert-layer", "5", "--out", str(tmp_path)]
-    real = train.train_epoch
+    real = train.ddpo.learn
 
-    def dying(run, trajectories, prompts, epoch):
-        server.then = 500 if epoch == 1 else "well"
-        return real(run, trajectories, prompts, epoch)
+    def dying(*arguments, name, **settings):
+        server.then = 500 if name[1] == 1 else "well"
+        return real(*arguments, name=name, **settings)
 
-    monkeypatch.setattr(train, "train_epoch", dying)            # the server dies between the second epoch's update and its evaluation
+    monkeypatch.setattr(train.ddpo, "learn", dying)            # the server dies between the second epoch's update and its evaluation
     with pytest.raises(SystemExit, match="HTTP 500"):
         train.main(arguments)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000001"]
