@@ -342,10 +342,11 @@ def regress(policy, optimizer, x_0, prompts, weights, batch_size, name, lrs, w, 
     (rank, world), rng, kept, uncond, metrics = processes(), np.random.default_rng(name), np.flatnonzero(weights.cpu()), policy.embed([""]), []
     order = np.concatenate([rng.permutation(kept) for _ in range(-(-len(lrs) * batch_size // len(kept)))])
     for n, lr in enumerate(lrs):
-        i = torch.from_numpy(order[n * batch_size:(n + 1) * batch_size][rank::world]).to(policy.device)
+        chosen = order[n * batch_size:(n + 1) * batch_size][rank::world]
+        i = torch.from_numpy(chosen).to(policy.device)
         t = torch.from_numpy(rng.integers(len(policy.scheduler.alphas_bar), size=batch_size)[rank::world]).to(policy.device)
         noise = named_noise(x_0.shape[1:], batch_size, *name, n)[rank::world].to(policy.device)
-        x_t, cond = add_noise(x_0[i], noise, policy.scheduler.alphas_bar[t]), policy.embed([prompts[j] for j in i.tolist()])
+        x_t, cond = add_noise(x_0[i], noise, policy.scheduler.alphas_bar[t]), policy.embed([prompts[j] for j in chosen])
 
         def losses_of(chunk):
             eps = predict_noise(policy.unet, x_t[chunk], t[chunk], cond[chunk], uncond, w)
