@@ -161,7 +161,7 @@ def load_policy(folder, device, config):
     unet = add_lora(unet, config.lora_rank, config.seed) if config.lora_rank else unet
     unet, vae = (net.to(device, memory_format=torch.channels_last) for net in (unet, vae))
     tokenizer = loading("--model", folder, CLIPTokenizer, folder / "tokenizer")
-    encoder = loading("--model", folder, CLIPTextModel, folder / "text_encoder", dtype=dtype).to(device).eval()
+    encoder = loading("--model", folder, CLIPTextModel, folder / "text_encoder", dtype=dtype).to(device).requires_grad_(False)
     if half:
         unet.forward, vae.decode = (torch.autocast(device.type, dtype)(function) for function in (unet.forward, vae.decode))
     return ddpo.Policy(unet, vae, Scheduler.from_folder(folder / "scheduler").to(device), tokenizer, encoder, device, config.steps, config.eta, config.guidance)
