@@ -10,8 +10,9 @@ import shutil
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 import data
 import loop
@@ -101,13 +102,12 @@ def main():
 
 
 def save_text_encoder(net, tokenizer):
-    """The text half once more, where a Stable Diffusion folder keeps it."""
-    from transformers import CLIPTextModel
-    text = CLIPTextModel(net.config.text_config)
-    own = {k.removeprefix("text_model."): v for k, v in net.state_dict().items() if k.startswith("text_model.")}
-    missing = text.load_state_dict({k if k in text.state_dict() else f"text_model.{k}": v for k, v in own.items()}, strict=True)
-    assert not missing.missing_keys
-    text.half().save_pretrained(data.HERE / "stable-diffusion" / "text_encoder")
+    """The text half once more, where a Stable Diffusion folder keeps it, under the published file's names: transformers before 5 knows no others, and would
+    fill the network with random numbers."""
+    folder = data.HERE / "stable-diffusion" / "text_encoder"
+    weights = {k: v.half().contiguous() for k, v in net.state_dict().items() if k.startswith("text_model.")}
+    CLIPTextModel(net.config.text_config).half().save_pretrained(folder)                # for the config.json
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     save_tokenizer(tokenizer, data.HERE / "stable-diffusion" / "tokenizer")
 
 
