@@ -196,7 +196,7 @@ def join(device):
     if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))           # a slow reward is no death
         dist.barrier()
 
 
@@ -207,29 +207,29 @@ def processes():
 
 def gather(mine):
     """The rows of all processes, taken in turn: row 0 of each, row 1 of each ... mine (n, ...), the same n in each -> (n * processes, ...)."""
-    parts = [mine.contiguous().clone() for _ in range(processes()[1])]
-    if len(parts) > 1:
-        dist.all_gather(parts, mine.contiguous())
+    if processes()[1] == 1:
+        return mine
+    parts = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(processes()[1])]
+    dist.all_gather(parts, mine.contiguous())
     return torch.stack(parts, 1).flatten(0, 1)
 
 
 def everyones(mine, places):
     """What all processes hold of an epoch's N samples, in the samples' order. mine (n, ...) on any device, places (n,): which they are of -> (N, ...)."""
-    moved = mine if processes()[1] == 1 else mine.to(places.device)
+    moved = mine if processes()[1] == 1 else mine.to(places.device)             # NCCL gathers on the GPU alone
     return gather(moved)[gather(places).argsort().to(moved.device)].to(mine.device)
 
 
 def training_order(count, name):
-    """The order in which an epoch trains on its samples. Process r of R draws and keeps order[r::R]: an equal share of every minibatch. -> int64 (count,)."""
+    """The order in which an epoch trains on its samples. Process r of R draws and keeps order[r::R], of which each slice is its share of a minibatch."""
     return np.random.default_rng(name).permutation(count)
 
 
 def step(unet, optimizer, losses_of, count, micro_batch, max_grad_norm, scaler=None, tick=None):
-    """One optimizer step on the mean of the losses of all processes, `count` each, in micro-batches of any size: gradients add up to that of the whole.
+    """One optimizer step on the mean of the losses of all processes, `count` in each, in micro-batches of any size: gradients add up to that of the whole.
 
-    losses_of(indices (b,)) -> losses (b,), {name: (b,)} to be logged; `tick()` is called after every micro-batch. scaler: a GradScaler, for fp16;
-    an update whose gradients overflow is skipped, and its norm is 0
-    -> a pair: {name: (count * processes,)} of what was logged, the losses among it; the gradient's norm before clipping.
+    losses_of(indices (b,)) -> losses (b,), {name: (b,)} to be logged. tick() is called after every micro-batch. scaler: a GradScaler, for fp16; an update
+    whose gradients overflow is skipped, and its norm is 0. -> {name: (count * processes,)} of what was logged and the losses; the norm before clipping.
     """
     parameters, rows, world = [p for p in unet.parameters() if p.requires_grad], [], processes()[1]
     scaler = scaler or torch.amp.GradScaler(enabled=False)
@@ -286,8 +286,8 @@ def improve(policy, optimizer, trajectories, batch_size, name, lrs, w, **setting
     lrs: the learning rate of each update; w: guidance in training, policy.w unless --no-cfg-training; settings: those of `update` -> its metrics as
     floats, averaged; first_ratio_error is from the first.
     """
-    (rank, world), where, metrics = processes(), {place: i for i, place in enumerate(trajectories.places.tolist())}, []
-    order = torch.tensor([where[place] for place in training_order(len(where) * world, name)[rank::world]], device=policy.device)
+    (rank, world), row, metrics = processes(), {place: i for i, place in enumerate(trajectories.places.tolist())}, []
+    order = torch.tensor([row[place] for place in training_order(len(row) * world, name)[rank::world]], device=policy.device)
     for minibatch, lr in zip(order.split(batch_size // world), lrs, strict=True):
         optimizer.param_groups[0]["lr"] = lr
         metrics.append(update(policy.unet, optimizer, policy.scheduler, trajectories, minibatch, policy.embed([""]), eta=policy.eta, w=w, **settings))
@@ -376,7 +376,7 @@ def alarms(lines, updates):
     lines: the metrics of every epoch so far (the README defines them), oldest first. updates: how many of an epoch can have ratios off 1 (DDPO_IS:
     all but the first; else 0). Thresholds: healthy runs of the zoo show clip fractions of 3 to 20 %, gradients within a factor of 3.
     """
-    now, earlier, found = lines[-1], [line["grad_norm"] for line in lines[-21:-1]], {}
+    now, earlier, found = lines[-1], [line["grad_norm"] for line in lines[-21:-1] if line["grad_norm"]], {}            # 0: skipped, in fp16
     numbers = [number for value in now.values() for number in (value if isinstance(value, list) else [value])]
     if not all(np.isfinite(number) for number in numbers if isinstance(number, (int, float))):
         return {"not finite": "not all metrics are finite numbers. Try a smaller --lr"}

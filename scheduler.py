@@ -9,7 +9,7 @@ denoising an MDP with exact likelihoods (Sec. 4.3).
     gaussian_log_prob           log N(x_{t-1}; mean, sigma), *averaged* over the latent's dimensions
     add_noise                   the forward process q(x_t | x_0)
     named_noise                 every sample's noise, drawn by a name of its own
-    Trajectories                what sampling records of all this, and training goes through again
+    Trajectories                what sampling records of all this, for training to go through again; ddpo.py adds rewards and advantages
 
 Deviations from the paper's text, as in its authors' code:
 - log p is the mean over the D dimensions of the latent, not the sum. Effect: ratios are geometric means of the per-dimension ratios, the

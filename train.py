@@ -1,12 +1,11 @@
 """Fine-tune Stable Diffusion by reinforcement learning: `python train.py --reward aesthetic`.
 
-The wiring of the paper's algorithms (Sec. 4, App. D): each epoch draws prompts, samples pictures with the present policy, rewards
-them, weighs them prompt by prompt and takes some optimizer steps; all mathematics is in ddpo.py and scheduler.py.
+The wiring of the paper's algorithms (Sec. 4, App. D): each epoch draws prompts, samples pictures with the present policy, rewards them, weighs them
+prompt by prompt and takes some optimizer steps; all mathematics is in ddpo.py and scheduler.py.
 `torchrun --nproc-per-node 8 train.py ...` runs this program once a GPU: each process has a share of the samples, the first one writes.
 
-Settings: the command line, else the `ddpo.json` in the model's folder, else the paper's Table D.5. Deviations from the paper: with --samples-per-prompt
-above 1 (the zoo's default) prompts repeat within an epoch; with --warmup above 0 (the zoo's default) the learning rate rises over the first updates, for
-Adam's first steps move every weight by all of it; the model that `--model auto` picks without a CUDA GPU is the miniature in tutorial/zoo.
+Settings: the command line, else the `ddpo.json` in the model's folder, else the paper's Table D.5. Deviations from the paper, in the zoo's settings: with
+--samples-per-prompt prompts repeat within an epoch; with --warmup lr rises over the first updates, for Adam's first steps move every weight by all of it.
 """
 import argparse
 import dataclasses
@@ -106,7 +105,7 @@ def parse(argv):
 def model_settings(folder):
     """The model's own ddpo.json: {"all": {...}, and by reward, algorithm or "lora"}, checked -> dict of dicts; {} where there is none."""
     path, known = folder / "ddpo.json", ["all", *REWARDS, *ALGORITHMS, "lora"]
-    fixed = {"reward", "algorithm", "model", "lora_rank", "vlm_url", "reward_device", "seed", "device", "out", "resume", "debug"}
+    fixed = {"reward", "algorithm", "model", "lora_rank", "precision", "vlm_url", "reward_device", "seed", "device", "out", "resume", "debug"}
     types = {f.name: {f.type, int} if f.type is float else {f.type} for f in dataclasses.fields(Config) if f.name not in fixed}
     try:
         own = json.loads(path.read_text()) if path.is_file() else {}
@@ -142,7 +141,8 @@ def resolve(given, folder):
             (c.percentile > 1, f"--percentile {c.percentile:g}: between 0 (keep all) and 1 (keep the best)"),
             (c.min_count > c.history_size, f"--min-count {c.min_count} is more than --history-size {c.history_size}: no prompt would ever have enough"),
             (n % c.samples_per_prompt, f"--samples-per-epoch {n} must be a multiple of --samples-per-prompt ({c.samples_per_prompt})"),
-            (n % world or size % world or c.eval_samples % world, f"--samples-per-epoch {n}, --batch-size {size} and --eval-samples {c.eval_samples} must be multiples of the number of processes, {world}"),
+            (n % world or size % world or c.eval_samples // 2 * 2 % world,
+             f"--samples-per-epoch {n}, --batch-size {size} and --eval-samples {c.eval_samples // 2 * 2} must be multiples of the number of processes, {world}"),
             (algorithm == "ddpo-sf" and size != n, f"--batch-size {size}: ddpo-sf takes one update an epoch, so all its samples ({n})"),
             (ddpo_ and n % size, f"--samples-per-epoch {n} must be a multiple of --batch-size ({size})"),
             (ddpo_ and c.updates not in (None, n // size), f"--updates {c.updates}: {algorithm} takes each picture once, {n // size} updates of --batch-size {size}")]:
@@ -155,7 +155,7 @@ def load_policy(folder, device, config):
     """A Stable Diffusion folder -> ddpo.Policy. Trained weights are float32, frozen ones may be half; autocast is around the networks alone, the rest is float32."""
     from transformers import CLIPTextModel, CLIPTokenizer
     dtype, half = PRECISIONS[config.precision], config.precision != "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = half             # fp32 is fp32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = half             # fp32 is fp32; else what stays float32 may use TF32
     unet, vae = load(UNet, folder / "unet", dtype if config.lora_rank else torch.float32), load(VAE, folder / "vae", dtype).requires_grad_(False)
     unet.gradient_checkpointing = config.grad_checkpointing
     unet = add_lora(unet, config.lora_rank, config.seed) if config.lora_rank else unet
@@ -168,7 +168,8 @@ def load_policy(folder, device, config):
 
 
 def draw(run, prompts, places, epoch, description, each=None, whole=False):
-    """Sample this process's pictures, those of `places` among the prompts -> Trajectories, images, and `ddpo.everyones` of numpy arrays (n, ...) -> (N, ...)."""
+    """Sample this process's pictures, those of `places` among the prompts -> Trajectories, images, a function: `ddpo.everyones` of numpy arrays (n, ...)."""
+    run.optimizer.zero_grad()                           # the last update's gradients make room: 3.4 GB of SD v1.4
     with progress(description, "step", -(-len(places) // run.config.sample_batch) * run.config.steps) as bar:
         trajectories, images = run.policy.sample(prompts, (run.config.seed, epoch), run.config.sample_batch, bar.update, each, whole, places)
     return trajectories, images, lambda values: ddpo.everyones(torch.as_tensor(values), trajectories.places).numpy()
@@ -177,9 +178,9 @@ def draw(run, prompts, places, epoch, description, each=None, whole=False):
 def evaluate(run, epoch):
     """Reward the fixed prompts and noises; write the grid of pictures and the figures behind it -> metrics."""
     (rank, world), c, prompts = ddpo.processes(), run.config, 2 * spread_prompts(run.prompts, run.config.eval_samples // 2)           # two of each, for the diversity
-    _, images, everyones = draw(run, prompts, range(len(prompts))[rank::world], EVALUATION, "evaluating")
-    scores = {name: everyones(checked(reward, images, prompts[rank::world])[0]) for name, reward in {"reward": run.reward, **run.watched}.items()}
-    spread, images = run.clip and diversity(everyones(run.clip(images)), prompts), everyones(images)
+    _, images, of_all = draw(run, prompts, range(len(prompts))[rank::world], EVALUATION, "evaluating")
+    scores = {name: of_all(checked(reward, images, prompts[rank::world])[0]) for name, reward in {"reward": run.reward, **run.watched}.items()}
+    spread, images = diversity(of_all(run.clip(images)), prompts) if run.clip else None, of_all(images)
     if rank:
         return {}
     side, tile = math.ceil(len(images) ** 0.5), min(images.shape[1], 256)
@@ -216,15 +217,15 @@ def read_checkpoint(run):
     try:
         load_lora(unet, found[-1]) if run.config.lora_rank else unet.load_state_dict(load(UNet, found[-1] / "unet").state_dict())
         with safe_open(found[-1] / "optimizer.safetensors", "pt") as file:
-            for (i, name), value in ((key.split("."), file.get_tensor(key)) for key in file.keys()):             # moments lie in memory as their parameters do
-                state.setdefault(int(i), {})[name] = torch.empty_like(parameters[int(i)]).copy_(value) if value.ndim else value
+            for (i, name), value in ((key.split("."), file.get_tensor(key)) for key in file.keys()):             # moments are laid out in memory as their
+                state.setdefault(int(i), {})[name] = torch.empty_like(parameters[int(i)]).copy_(value) if value.ndim else value         # parameter is; `step` is a scalar
         run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
         rest = json.loads((found[-1] / "state.json").read_text())
-        run.statistics.load_state_dict(rest["statistics"]), run.scaler.load_state_dict(rest["scaler"])
+        run.statistics.load_state_dict(rest["statistics"]), run.scaler.load_state_dict(rest.get("scaler", {}))
         print(f"resuming from {found[-1]}")
         return rest["epoch"]
     except Exception as error:                          # whatever a broken file raises
-        raise ValueError(f"{found[-1]} cannot be read ({error}); delete it to go on from the checkpoint before") from None
+        raise ValueError(f"{found[-1]} cannot be read ({error}); if it is broken, delete it to go on from the checkpoint before") from None
 
 
 def write_json(path, value):
@@ -236,8 +237,8 @@ def write_json(path, value):
 
 def read_lines(path, before=math.inf):
     """The whole lines of a .jsonl file, up to an epoch -> list of dicts."""
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
-    return [line for line in lines if line["epoch"] < before]
+    whole = [text for text in path.read_text().splitlines() if text.endswith("}")] if path.is_file() else []
+    return [line for line in map(json.loads, whole) if line["epoch"] < before]
 
 
 def write_metrics(run, metrics, evaluation):
@@ -255,8 +256,8 @@ def write_metrics(run, metrics, evaluation):
     for name in set(found) - set(before[-1].get("warnings", []) if before else []):
         print(f"warning ({name}), epoch {line['epoch']}: {found[name]}", flush=True)
     if "not finite" in found:
-        way = f"with --resume from {run.checkpoints()[-1]}" if run.checkpoints() else "in another --out: there is no checkpoint yet"
-        raise ValueError(f"epoch {line['epoch']}: {found['not finite']}, {way}")
+        raise ValueError(f"epoch {line['epoch']}: {found['not finite']}, " + (
+            f"with --resume from {run.checkpoints()[-1]}" if run.checkpoints() else "in another --out: there is no checkpoint yet"))
 
 
 def draw_curve(out, config):
@@ -283,12 +284,11 @@ def resumed(given):
     if stored.is_file() != given.get("resume", False):
         raise ValueError(f"--out {given['out']} holds a run already: add --resume to go on with it, or choose another folder" if stored.is_file() else
                          f"--resume needs --out FOLDER, that of the run to go on with; {given.get('out')} holds no config.json")
-    if not given.get("resume"):
-        return given
-    before = json.loads(stored.read_text())
+    before = json.loads(stored.read_text()) if given.get("resume") else {}
     if not isinstance(before, dict) or not set(before) <= {f.name for f in dataclasses.fields(Config)}:
         raise ValueError(f"{stored} was written by another version of train.py, or by another program")
-    for name in set(given) - {"out", "resume", "debug", "epochs", "lr", "device", "vlm_url", "reward_device"}:
+    free = {"out", "resume", "debug", "epochs", "lr", "device", "vlm_url", "reward_device", "micro_batch", "sample_batch", "grad_checkpointing"}
+    for name in set(given) - free if before else ():
         if before.get(name) != given[name]:
             raise ValueError(f"--resume goes on with the settings of {stored}: leave out --{name.replace('_', '-')}")
     return {**before, **given}
@@ -298,8 +298,7 @@ def prepare(given):
     """Everything loaded, and the run's folder -> all that a run holds. What can be refused is refused before the folder is made."""
     given = resumed(given)
     ddpo.join(device := choose_device(given.get("device", Config.device)))
-    if ddpo.processes()[0]:
-        sys.stdout = open(os.devnull, "w")              # one voice is enough
+    sys.stdout = open(os.devnull, "w") if ddpo.processes()[0] else sys.stdout          # one voice is enough
     if (model := given.get("model", Config.model)) == "auto":
         model, why = ("CompVis/stable-diffusion-v1-4", "a") if device.type == "cuda" else ("zoo", "no")
         print(f"model: {model}, since there is {why} CUDA GPU (others: --model)")
@@ -316,12 +315,10 @@ def prepare(given):
     except ValueError as error:
         clip = print(f"diversity is not measured: {error}")             # None
     config.out = config.out or str(Path("runs") / f"{config.reward.rpartition(':')[2]}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}")
-    (Path(config.out) / "samples").mkdir(parents=True, exist_ok=True)
-    trained = [p for p in policy.unet.parameters() if p.requires_grad]
     return SimpleNamespace(
         config=config, out=Path(config.out), policy=policy, prompts=prompts, reward=reward, watched=watched, clip=clip,
         checkpoints=lambda: sorted((Path(config.out) / "checkpoints").glob("[0-9]" * 6)),
-        optimizer=torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=device.type == "cuda"),
+        optimizer=torch.optim.AdamW((p for p in policy.unet.parameters() if p.requires_grad), config.lr, weight_decay=config.weight_decay, fused=device.type == "cuda"),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"), statistics=ddpo.PromptStatistics(config.history_size, config.min_count),
         apart=reward_device != device or (config.reward == "alignment" and bool(config.vlm_url)))           # rewarded while the next batch is drawn
 
@@ -332,18 +329,18 @@ def loop(run):
     if start >= config.epochs:
         raise ValueError(f"--epochs {config.epochs}: the run in {out} has {start} epochs behind it already")
     if first := ddpo.processes()[0] == 0:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
         write_json(out / "config.json", dataclasses.asdict(config))
         for path in (out / "metrics.jsonl", out / "descriptions.jsonl"):
             write_json(path, read_lines(path, before=start))
     print(f"{config.algorithm} on {config.reward}: {config.epochs} epochs of {config.samples_per_epoch} pictures, into {out}", flush=True)
-    for epoch in range(start, config.epochs):
-        done, last = epoch + 1, epoch + 1 == config.epochs
+    for epoch, done in enumerate(range(start + 1, config.epochs + 1), start):
         metrics = {"epoch": epoch, "reward_queries": done * config.samples_per_epoch, **(evaluate(run, 0) if epoch == 0 else {}), **one_epoch(run, epoch)}
-        evaluation = evaluate(run, done) if last or done % config.eval_every == 0 else {}
+        evaluation = evaluate(run, done) if done == config.epochs or done % config.eval_every == 0 else {}
         if first:
             write_metrics(run, metrics, evaluation)
             draw_curve(out, config)
-            if last or done % config.checkpoint_every == 0:
+            if done == config.epochs or done % config.checkpoint_every == 0:
                 write_checkpoint(run, done)
 
 
@@ -358,7 +355,7 @@ def one_epoch(run, epoch):
         rewarded.append(beside.submit(checked, run.reward, images, prompts))
 
     try:
-        trajectories, images, everyones = draw(run, drawn, places, epoch, f"epoch {epoch}: sampling", each if run.apart else None, c.algorithm.startswith("ddpo"))
+        trajectories, images, of_all = draw(run, drawn, places, epoch, f"epoch {epoch}: sampling", each if run.apart else None, c.algorithm.startswith("ddpo"))
         clock.append(time.time())
         parts = [future.result() for future in rewarded] or [checked(run.reward, images, [drawn[i] for i in places])]
     finally:
@@ -368,12 +365,12 @@ def one_epoch(run, epoch):
         some = [(i, {key: shown[key][i] for key in shown}) for i in range(0, len(places), -(-len(places) // 8))]            # of eight pictures an epoch
         lines = [{"epoch": epoch, "prompt": drawn[places[i]], "score": scores[i], **what} for i, what in some]
         write_json(run.out / "descriptions.jsonl", read_lines(run.out / "descriptions.jsonl") + lines)
-    trajectories.rewards, scores = torch.from_numpy(scores).float().to(run.policy.device), everyones(scores)
-    metrics = {"reward_mean": scores.mean(), "reward_std": scores.std(), "diversity": run.clip and diversity(everyones(run.clip(images)), drawn)}
+    trajectories.rewards, scores = torch.from_numpy(scores).float().to(run.policy.device), of_all(scores)
+    metrics = {"reward_mean": scores.mean(), "reward_std": scores.std(), "diversity": diversity(of_all(run.clip(images)), drawn) if run.clip else None}
     del images                                          # 7.9 GB in a round of RWR on SD v1.4
     clock.append(time.time())
-    losses = c.batch_size // world * (1 if c.algorithm.startswith("rwr") else c.steps)              # an update
-    with progress(f"epoch {epoch}: training", "pass", -(-losses // c.micro_batch) * c.updates) as bar:
+    pairs = c.batch_size // world * (1 if c.algorithm.startswith("rwr") else c.steps)               # of this process, in an update
+    with progress(f"epoch {epoch}: training", "pass", -(-pairs // c.micro_batch) * c.updates) as bar:
         metrics |= ddpo.learn(run.policy, run.optimizer, trajectories, drawn, run.statistics, algorithm=c.algorithm, batch_size=c.batch_size, name=name,
                               lrs=[c.lr * min(1, (epoch * c.updates + n + 1) / (c.warmup + 1)) for n in range(c.updates)], w=1.0 if c.no_cfg_training else c.guidance, beta=c.beta, percentile=c.percentile, clip_range=c.clip_range, micro_batch=c.micro_batch,
                               max_grad_norm=c.max_grad_norm, scaler=run.scaler, tick=bar.update)
@@ -385,13 +382,16 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, signal.default_int_handler)           # torchrun's, when another process has died, or a job queue's: end as by Ctrl-C
     try:
         loop(prepare(given))
-        dist.is_initialized() and dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.barrier(), dist.destroy_process_group()               # none leaves before the last checkpoint is written
     except (ValueError, OSError, RuntimeError) as error:
         rank, world = ddpo.processes()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if world > 1 else signal.SIG_DFL)             # so that the line below comes through
         if given.get("debug") or (type(error) is RuntimeError and world == 1):
             raise
-        hint = "; try --precision bf16, --grad-checkpointing, --lora-rank 4, a smaller --micro-batch or --sample-batch" * isinstance(error, torch.OutOfMemoryError)
-        sys.exit(f"train.py: {f'process {rank} of {world}: ' * (world > 1)}{' '.join(str(error).split())}{hint}")
+        hint = ("; try --precision bf16, --grad-checkpointing, --lora-rank 4, a smaller --micro-batch or --sample-batch" if isinstance(error, torch.OutOfMemoryError) else
+                "; where another process has died, its own line says why, and --resume goes on" if isinstance(error, RuntimeError) else "")
+        sys.exit(f"train.py: {f'process {rank} of {world}: ' if world > 1 else ''}{' '.join(str(error).split())}{hint}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; where a checkpoint was written, --out and the run's folder with --resume go on from it")
 

@@ -361,7 +361,7 @@ class LoRALinear(nn.Linear):
     """W x + b + B A x (Hu et al. 2021, scale alpha / rank = 1): W and b frozen, B 0 at first, A ~ N(0, 1 / rank^2) as in the authors' code."""
 
     def __init__(self, linear, rank, generator):
-        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")            # no memory: the weights are the given layer's
         self.weight, self.bias = linear.weight, linear.bias
         self.lora_A, self.lora_B = nn.Linear(self.in_features, rank, bias=False), nn.Linear(rank, self.out_features, bias=False)
         nn.init.normal_(self.lora_A.weight, std=1 / rank, generator=generator)

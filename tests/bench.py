@@ -212,7 +212,6 @@ def trl_epochs(args):
     """The same by TRL, in its best setting: all pictures sampled at once; in training all of an update's pictures in each pass, a timestep a pass."""
     from accelerate import PartialState
     from PIL import Image
-    from safetensors.torch import load_file
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
     animals, means, rng = "cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear frog".split(), [], np.random.default_rng(0)
 
@@ -229,8 +228,6 @@ def trl_epochs(args):
         per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=32, allow_tf32=False, save_freq=10**9, accelerator_kwargs={"cpu": True})
     PartialState(cpu=True)                              # TRL logs before it makes its own
     model = DefaultDDPOStableDiffusionPipeline(pretrained_model_name=str(ZOO), use_lora=False)
-    weights = load_file(ZOO / "text_encoder" / "model.safetensors")            # written by transformers 5: to 4 their names lack a word, and it draws new ones
-    model.text_encoder.load_state_dict({"text_model." + name: weight for name, weight in weights.items()})
     trainer = DDPOTrainer(config, reward, lambda: (f"a {rng.choice(animals)}", {}), model)
     return lambda number: (trainer.step(number, number * (args.pictures // args.batch)), means[-1])[1]
 

@@ -2,7 +2,7 @@
 
 Every tensor is fake (FakeTensorMode: shapes and types, no data), so that the real code runs through the real sizes on any machine: sampling with
 guidance, the VAE's decoding, CLIP L/14 as the reward, and the updates. MemTracker adds up what is alive at each moment. What is not counted: the CUDA
-context (about 0.5 GB), cuDNN's workspaces, and what the allocator loses to fragmentation.
+context (about 0.5 GIB), cuDNN's workspaces, and what the allocator loses to fragmentation.
 
 The norms are made to compute in float32, as CUDA's autocast has them; the CPU's, which is used here, does not. The steps that a run repeats are cut
 short (T = 2, one picture a batch), for memory does not depend on them; the trajectories of a whole epoch, 256 pictures of T = 50, are there as ballast.
@@ -28,7 +28,7 @@ SD_UNET = dict(sample_size=64, in_channels=4, out_channels=4, layers_per_block=2
                up_block_types=["UpBlock2D", *["CrossAttnUpBlock2D"] * 3])
 SD_VAE = dict(in_channels=3, out_channels=3, latent_channels=4, layers_per_block=2, block_out_channels=[128, 256, 512, 512], norm_num_groups=32)
 SCHEDULER = Scheduler.from_config(dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False))
-SAMPLES, T, GB = 256, 50, 2**30
+SAMPLES, T, GIB = 256, 50, 2**30
 
 
 class Tracker(MemTracker):
@@ -77,25 +77,29 @@ def fake_policy(lora, checkpointing, dtype, device):
 
 
 def epoch(policy, clip, micro_batch, scaler):
-    """Sampling, decoding, reward, and two updates: everything of an epoch but what needs numbers -> the last update's metrics, the optimizer."""
+    """Sampling, decoding, reward, and two updates: everything of an epoch but what needs numbers -> the last update's metrics."""
     trained = [p for p in policy.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=policy.device.type != "meta")
-    parts, decode = [], policy.vae.decode
-    for start in range(0, 2 * micro_batch, micro_batch):            # Policy.sample and Policy.decode, but for the pictures' way to the host
+    decode = policy.vae.decode
+
+    def roll_out(start):                            # Policy.sample and Policy.decode, but for the pictures' way to the host
+        optimizer.zero_grad()
         noise = torch.stack([ddpo.named_noise((4, 64, 64), policy.T + 1, 0, 0, start + i) for i in range(micro_batch)]).to(policy.device)
-        parts.append(ddpo.sample(policy.unet, policy.scheduler, policy.embed(["a cat"] * micro_batch), policy.embed([""]), noise, policy.T, policy.eta, policy.w))
+        trajectories = ddpo.sample(policy.unet, policy.scheduler, policy.embed(["a cat"] * micro_batch), policy.embed([""]), noise, policy.T, policy.eta, policy.w)
         with torch.no_grad():
-            images = (decode(parts[-1].latents[:, -1]).float() / 2 + 0.5).clamp(0, 1)
+            images = (decode(trajectories.latents[:, -1]).float() / 2 + 0.5).clamp(0, 1)
             clip(pixel_values=F.interpolate(images, (224, 224)))
-        del images
-    trajectories = ddpo.Trajectories.cat(parts)
+        return trajectories
+
+    trajectories = ddpo.Trajectories.cat([roll_out(start) for start in range(0, 2 * micro_batch, micro_batch)])
     ballast = [torch.empty(SAMPLES - len(trajectories), T + 1, 4, 64, 64, device=policy.device), torch.empty(SAMPLES, 77, 768, device=policy.device)]
     trajectories.advantages = torch.ones(len(trajectories), device=policy.device)
     for minibatch in torch.arange(len(trajectories), device=policy.device).split(micro_batch):
         metrics = ddpo.update(policy.unet, optimizer, policy.scheduler, trajectories, minibatch, policy.embed([""]), algorithm="ddpo-is", eta=policy.eta,
                               w=policy.w, clip_range=1e-4, micro_batch=micro_batch, max_grad_norm=1.0, scaler=scaler)
+    roll_out(0)                                     # the end of the next epoch's sampling: the optimizer's moments are there from now on
     del ballast
-    return metrics, optimizer
+    return metrics
 
 
 def peak(lora, checkpointing, micro_batch, dtype):
@@ -106,7 +110,7 @@ def peak(lora, checkpointing, micro_batch, dtype):
         tracker.track_external(policy.unet, policy.vae, policy.text_encoder, clip)
         with tracker:
             epoch(policy, clip, micro_batch, torch.amp.GradScaler("cpu", enabled=dtype == torch.float16))
-        return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] / GB
+        return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] / GIB
 
 
 def main():
@@ -121,7 +125,7 @@ def main():
             continue
         size = peak(lora, checkpointing, micro_batch, dtype)
         print(f"| {'LoRA, rank 4' if lora else 'full UNet'} | {'yes' if checkpointing else 'no'} | {micro_batch} | {size:.1f} |", flush=True)
-        if given.limits and size * GB >= (10e9 if lora else 24e9):
+        if given.limits and size * GIB >= (10e9 if lora else 24e9):
             raise SystemExit("over the limit")
 
 
