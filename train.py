@@ -159,7 +159,7 @@ def load_policy(folder, device, config):
     unet, vae = load(UNet, folder / "unet", dtype if config.lora_rank else torch.float32), load(VAE, folder / "vae", dtype).requires_grad_(False)
     unet.gradient_checkpointing = config.grad_checkpointing
     unet = add_lora(unet, config.lora_rank, config.seed) if config.lora_rank else unet
-    unet, vae = (net.to(device, memory_format=torch.channels_last) for net in (unet, vae))
+    unet, vae = unet.to(device, memory_format=torch.channels_last if device.type == "cuda" else None), vae.to(device, memory_format=torch.channels_last)
     tokenizer = loading("--model", folder, CLIPTokenizer, folder / "tokenizer")
     encoder = loading("--model", folder, CLIPTextModel, folder / "text_encoder", dtype=dtype).to(device).requires_grad_(False)
     if half:

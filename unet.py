@@ -119,7 +119,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x, context):
         h = self.proj_in(self.norm(x))
-        tokens = h.flatten(2).transpose(1, 2)                                   # (B, h*w, c)
+        tokens = h.flatten(2).transpose(1, 2).contiguous()                      # (B, h*w, c); once, not in each norm
         tokens = self.transformer_blocks[0](tokens, context)
         return x + self.proj_out(tokens.transpose(1, 2).reshape(h.shape))       # (B, c, h, w)
 

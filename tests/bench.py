@@ -60,7 +60,7 @@ def compare(what, calls, repeats, after=lambda: None, same=True):
 
 
 def load(kind, size, which=("ours", "theirs", "channels_last")):
-    """Our network (in channels_last, as in train.py) and diffusers', as it comes and in channels_last, of the same weights. kind: unet or vae -> list."""
+    """Our network (the VAE in channels_last, as in train.py on a CPU) and diffusers', as it comes and in channels_last, of the same weights. kind: unet or vae -> list."""
     import diffusers
     import unet
     (ours, theirs), nets = {"unet": (unet.UNet, diffusers.UNet2DConditionModel), "vae": (unet.VAE, diffusers.AutoencoderKL)}[kind], []
@@ -73,7 +73,7 @@ def load(kind, size, which=("ours", "theirs", "channels_last")):
         else:
             nets.append((theirs(**config) if full else theirs.from_pretrained(ZOO / kind)).eval())
         nets[-1].load_state_dict(nets[0].state_dict())
-        nets[-1].to(memory_format=torch.preserve_format if name == "theirs" else torch.channels_last)
+        nets[-1].to(memory_format=torch.channels_last if name == "channels_last" or (name, kind) == ("ours", "vae") else torch.preserve_format)         # as train.py
         for key, p in nets[-1].named_parameters():      # tensors of one layout lie in memory once
             p.data = p.data if name == "theirs" and p.ndim == 4 else nets[0].get_parameter(key).data
     return nets

@@ -189,6 +189,13 @@ def test_short_of_the_threshold_there_is_no_alarm(changes):
     assert ddpo.alarms(run(6, **changes), updates=3) == {}
 
 
+def test_updates_that_fp16_skipped_are_no_norm_to_compare_with():
+    lines = run(6)
+    for line in lines[:3]:
+        line["grad_norm"] = 0
+    assert ddpo.alarms(lines, updates=3) == {} and ddpo.alarms(run(4, grad_norm=0), updates=3) == {}
+
+
 @pytest.mark.parametrize("fraction, words", [(0.0005, "larger --lr"), (0.69, "wider --clip-range")])             # of 4 updates at most 75 % can clip
 def test_three_epochs_of_clipping_nothing_or_everything(fraction, words):
     lines = run(6)

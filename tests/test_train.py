@@ -258,6 +258,44 @@ def test_a_reward_must_give_a_number_for_each_picture():
         train.checked(lambda images, prompts: [1.0], None, ["a", "b"])
 
 
+def test_resume_may_save_memory(whole_run, tmp_path):
+    folder = shutil.copytree(whole_run, tmp_path / "saving")
+    train.main(["--out", str(folder), "--resume", "--epochs", "3", "--micro-batch", "1", "--sample-batch", "2", "--grad-checkpointing"])
+    assert len(metrics(folder)) == 3 and json.loads((folder / "config.json").read_text())["grad_checkpointing"]
+
+
+@pytest.mark.parametrize("options", [["--lora-rank", "2"], ["--precision", "bf16"]])
+def test_resume_refuses_to_train_something_else(whole_run, options):
+    with pytest.raises(SystemExit, match=f"leave out {options[0]}"):
+        train.main(["--out", str(whole_run), "--resume", "--epochs", "3", *options])
+
+
+def test_a_run_from_before_there_was_a_scaler_goes_on(whole_run, tmp_path):
+    folder = shutil.copytree(whole_run, tmp_path / "old")
+    for path, new in ((folder / "config.json", ("precision", "grad_checkpointing", "lora_rank")), (folder / "checkpoints" / "000002" / "state.json", ("scaler",))):
+        path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name not in new}))
+    train.main(["--out", str(folder), "--resume", "--epochs", "3"])
+    assert len(metrics(folder)) == 3
+
+
+def test_what_several_processes_cannot_share_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.ddpo, "processes", lambda: (0, 3))
+    settings = {"samples_per_epoch": 9, "batch_size": 3, "eval_samples": 6}
+    assert train.resolve(settings, tmp_path).updates == 3
+    for name, value in (("samples_per_epoch", 8), ("batch_size", 4), ("eval_samples", 9)):           # two pictures a prompt: of 9 only 8 are drawn
+        with pytest.raises(ValueError, match="multiples of the number of processes, 3"):
+            train.resolve({**settings, name: value}, tmp_path)
+
+
+def test_out_of_memory_is_one_line_that_says_what_to_try(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+    monkeypatch.setattr(train, "one_epoch", full)
+    with pytest.raises(SystemExit, match="train.py: CUDA out of memory. Tried to allocate 2 GiB; try --precision bf16, --grad-checkpointing") as end:
+        train.main([*TINY, "--out", str(tmp_path)])
+    assert "\n" not in str(end.value)
+
+
 def test_resume_refuses_other_settings(whole_run):
     with pytest.raises(SystemExit) as end:
         train.main(["--out", str(whole_run), "--resume", "--guidance", "0.5"])
@@ -276,7 +314,7 @@ def test_settings_come_from_the_command_line_then_the_model_then_the_paper(tmp_p
 
 
 @pytest.mark.parametrize("text", ['{', '[]', '{"all": 3}', '{"al": {}}', '{"all": {"stepz": 20}}', '{"all": {"steps": "20"}}', '{"all": {"epochs": 2.5}}',
-                                  '{"all": {"algorithm": "ddpo-sf"}}', '{"all": {"batch_size": null}}', '{"all": {"out": "/"}}'])
+                                  '{"all": {"algorithm": "ddpo-sf"}}', '{"all": {"precision": "fp8"}}', '{"all": {"lora_rank": 4}}', '{"all": {"batch_size": null}}', '{"all": {"out": "/"}}'])
 def test_a_broken_ddpo_json_is_named(text, tmp_path):
     (tmp_path / "ddpo.json").write_text(text)
     with pytest.raises(ValueError, match="ddpo.json") as caught:
