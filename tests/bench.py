@@ -4,7 +4,7 @@
     python tests/bench.py --size full networks memory   # SD v1.4's sizes with random weights: 13 GB of memory
     python tests/bench.py --trl /path/to/python trl     # an interpreter with trl 0.23.1 (the last that has DDPOTrainer) and diffusers 0.35.2
 
-What is compared runs in turns, A B A B ..., in one process (TRL: in two, one of which waits), after a warm-up of each, since other work on the machine
+What is compared runs in turns, A B B A ..., in one process (TRL: in two, one of which waits), after a warm-up of each, since other work on the machine
 comes and goes: read the ratios. A ratio is the median of those of the turns, with the least and the greatest; above 1, ours is faster or smaller.
 """
 import argparse
@@ -41,8 +41,13 @@ def timed(call, *inputs):
 
 
 def in_turns(calls, repeats, after=lambda: None):
-    """Seconds of each call, in turns, after a warm-up of each; `after()` follows every call, off the clock -> float (calls, repeats)."""
-    return np.array([[(timed(call)[0], after())[0] for call in calls] for _ in range(repeats + 1)]).T[:, 1:]
+    """Seconds of each call, in turns, every other turn backwards, after a warm-up of each; `after()` follows every call, off the clock -> float (calls, repeats)."""
+    seconds = np.empty((len(calls), repeats + 1))
+    for turn in range(repeats + 1):
+        for i in range(len(calls))[::1 if turn % 2 else -1]:
+            seconds[i, turn] = timed(calls[i])[0]
+            after()
+    return seconds[:, 1:]
 
 
 def ratio(ours, theirs):
