@@ -41,7 +41,9 @@ import base64
 import importlib.util
 import io
 import os
+import sys
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -60,7 +62,7 @@ from unet import loading, locate
 
 def one_line(error):
     """An exception as one line: its type and the beginning of what it says."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return " ".join([f"{type(error).__name__}:", *str(error).split()])[:200]
 
 
 # Sec. 5.1: compressibility and incompressibility
@@ -441,23 +443,56 @@ REWARDS = {  # name: maker(settings of train.py, device) -> reward
 }
 
 
-def load_object(spec, flag):
-    """What "file.py:name" names. Raises UserError: no such file, no such name, or it can't be run.
+def leads_elsewhere(name, path):
+    """Whether `import name` gives another module than the file `path`."""
+    if name in sys.modules:
+        file = getattr(sys.modules[name], "__file__", None)
+    else:
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            return False
+        file = spec.origin
+    return file is None or Path(file).resolve() != path
 
-    spec: the value given for `flag`.
+
+def import_file(path):
+    """A .py file as a module, run once and in sys.modules as by `import`, but in no one's place.
+
+    Its folder comes last on sys.path, for imports of its own; a name that is taken gets a "_".
     """
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    name = path.stem.replace(".", "_")
+    while leads_elsewhere(name, path):
+        name += "_"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def load_object(spec, flag):
+    """What "file.py:name", the value of `flag`, names. Raises UserError, with the line at fault."""
     file, _, name = spec.rpartition(":")
+    path = Path(file).resolve()
     require(
-        file.endswith(".py") and Path(file).is_file(),
+        path.suffix == ".py" and path.is_file(),
         f"{flag} {spec}: there is no such file; needed: file.py:name",
     )
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
-        return getattr(module, name)
+        module = import_file(path)
     except (Exception, SystemExit) as error:  # it is the user's file: any
-        raise UserError(f"{flag} {spec}: {one_line(error)}") from error
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        where = f" (line {lines[-1]} of {path.name})" if lines else ""
+        raise UserError(f"{flag} {spec}: {one_line(error)}{where}") from error
+    require(hasattr(module, name), f"{flag} {spec}: {path.name} defines no {name!r}")
+    return getattr(module, name)
 
 
 def make_reward(name, settings, device):

@@ -2,7 +2,10 @@
 of its authors, servers that fail in five ways, and rewards of one's own, good and bad.
 """
 
+import importlib.util
 import os
+import pickle
+import sys
 import time
 from types import SimpleNamespace
 
@@ -438,10 +441,31 @@ def test_an_empty_answer_is_scored_zero(server, minilm, how):
 # A reward of one's own
 
 
-def test_a_function_in_a_file_is_a_reward(tmp_path):
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """written(name, text, ...): files in a folder of their own -> the first one's path."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+
+    def write(name, text, **others):
+        for stem, more in others.items():
+            (tmp_path / f"{stem}.py").write_text(more)
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    yield write
+    for name in set(sys.modules) - before:  # so that each test may have a helper.py
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", None)):
+            del sys.modules[name]
+
+
+def own(path, name="f"):
+    return rewards.make_reward(f"{path}:{name}", None, "cpu")
+
+
+def test_a_function_in_a_file_is_a_reward(written):
     text = "def redness(images, prompts):\n    return images[..., 0].mean((1, 2))\n"
-    (tmp_path / "mine.py").write_text(text)
-    reward = rewards.make_reward(f"{tmp_path}/mine.py:redness", None, "cpu")
+    reward = own(written("mine.py", text), "redness")
     assert reward(pictures(), ["a"] * 3) == pytest.approx(pictures()[..., 0].mean((1, 2)))
 
 
@@ -449,19 +473,105 @@ def test_a_function_in_a_file_is_a_reward(tmp_path):
     "text, name, words",
     [
         (None, "mine.py:f", "there is no such file"),
-        ("def f(:", "mine.py:f", "SyntaxError"),
-        ("x = 1", "mine.py:f", "has no attribute 'f'"),
-        ("import nowhere_to_be_found", "mine.py:f", "nowhere_to_be_found"),
-        ("x = 1", "mine.py:x", "not a function"),
+        (None, "mine:f", "neither compressibility, incompressibility, aesthetic, alignment"),
         ("x = 1", "mine.py", "neither compressibility, incompressibility, aesthetic, alignment"),
-        ("raise SystemExit", "mine.py:f", "SystemExit"),
+        ("x = 1", "mine.py:", "mine.py defines no ''"),
+        ("x = 1", "mine.py:f", "mine.py defines no 'f'"),
+        ("x = 1", "mine.py:x", "not a function"),
+        ("def f(:", "mine.py:f", "SyntaxError: invalid syntax (mine.py, line 1)"),
+        ("\nimport nowhere", "mine.py:f", "'nowhere' (line 2 of mine.py)"),
+        ("\n\nint('x')", "mine.py:f", "ValueError: invalid literal for int()"),
+        ("raise SystemExit", "mine.py:f", "SystemExit: (line 1 of mine.py)"),
+        ("def f():\n    1 / 0\nf()", "mine.py:f", "division by zero (line 2 of mine.py)"),
     ],
 )
-def test_a_file_without_the_function_is_refused_by_name(tmp_path, text, name, words):
+def test_a_file_without_the_function_is_refused_by_name(written, tmp_path, text, name, words):
     if text is not None:
-        (tmp_path / "mine.py").write_text(text)
+        written("mine.py", text)
     said = refused(rewards.make_reward, f"{tmp_path}/{name}", None, "cpu")
     assert words in said and f"--reward {tmp_path}/{name}" in said
+    said = refused(rewards.load_object, f"{tmp_path}/nothing.py:f", "--algorithm")
+    assert said.startswith(f"--algorithm {tmp_path}/nothing.py:f: there is no such file")
+
+
+def test_a_file_imports_what_lies_beside_it_when_it_is_imported_and_later(written):
+    text = "from helper import one\ndef f(images, prompts):\n    import later\n    return later.two"
+    reward = own(written("mine.py", text + " + one", helper="one = 1", later="two = 2"))
+    assert reward(pictures(), ["a"] * 3) == 3
+
+
+def test_a_file_may_hold_dataclasses_under_postponed_annotations(written):
+    text = """
+from __future__ import annotations
+from dataclasses import dataclass, field
+
+@dataclass
+class Weights:
+    red: float = 2.0
+    seen: list = field(default_factory=list)
+
+def f(images, prompts):
+    return Weights().red * images[..., 0].mean((1, 2))
+"""
+    reward = own(written("mine.py", text))
+    assert reward(pictures(), ["a"] * 3) == pytest.approx(2 * pictures()[..., 0].mean((1, 2)))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_file_may_score_in_processes_of_its_own(written, method):
+    text = f"""
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+def size(i):
+    return float(i)
+
+def f(images, prompts):
+    with ProcessPoolExecutor(1, mp_context=get_context({method!r})) as pool:
+        return list(pool.map(size, range(len(images))))
+"""
+    reward = own(written("pooled.py", text))
+    assert rewards.checked(reward, pictures(), ["a"] * 3)[0].tolist() == [0, 1, 2]
+    assert pickle.loads(pickle.dumps(reward)) is reward
+
+
+def test_a_file_is_run_once_however_often_it_is_mentioned(written, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    text = f"with open({str(log)!r}, 'a') as log:\n    log.write('run')\nf = g = len"
+    path = written("mine.py", text, other="from mine import f")
+    assert own(path) is own(path, "g")
+    monkeypatch.chdir(tmp_path)
+    assert own("mine.py") is own("./mine.py") is own(tmp_path / "other.py")
+    assert log.read_text() == "run"
+
+
+def test_a_file_that_failed_is_tried_again_when_it_is_mended(written):
+    path = written("mine.py", "f = len\nraise ValueError")
+    refused(own, path)
+    os.utime(written("mine.py", "f = max"), (1e9, 1e9))  # an age of its own, for the compiled file
+    assert own(path) is max
+
+
+@pytest.mark.parametrize("name", ["json", "tabnanny", "rewards", "train", "torch", "mine", "a.b-c"])
+def test_a_files_name_takes_no_other_modules_place(written, tmp_path, name):
+    """tabnanny: of Python's own, and not imported so far."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine.py").write_text("def f(images, prompts): return 'elsewhere'")
+    assert own(tmp_path / "elsewhere" / "mine.py")(None, None) == "elsewhere"
+    before = dict(sys.modules)
+    there = importlib.util.find_spec(name) if "." not in name else None
+    text = "import json\ndef f(images, prompts): return json.dumps([__name__ in sys.modules])"
+    reward = own(written(f"{name}.py", "import sys\n" + text))
+    assert reward(None, None) == "[true]"  # the real json, and a module of its own
+    assert {key: sys.modules[key] for key in before} == before
+    assert not there or importlib.util.find_spec(name).origin == there.origin
+    assert own(tmp_path / f"{name}.py") is reward
+
+
+def test_a_drive_letter_is_part_of_the_file(written, tmp_path, monkeypatch):
+    written("C:\\mine.py", "f = len")  # a file of this name, where this isn't Windows
+    monkeypatch.chdir(tmp_path)
+    assert own("C:\\mine.py") is len
 
 
 # What a reward gives back
