@@ -287,13 +287,14 @@ class ChatServer:
             try:
                 return ask(*arguments)
             except Exception as error:  # a server may cause many kinds, and all mean the same
-                reason = one_line(error)
-                status = getattr(getattr(error, "response", None), "status_code", None)
-            if status and status < 500 and status not in (408, 429):
-                break  # our fault: asking again won't help
+                reason, reply = one_line(error), getattr(error, "response", None)
+            if reply is not None:
+                reason = f"HTTP {reply.status_code} {' '.join(reply.text.split())[:200]}"
+                if reply.status_code < 500 and reply.status_code not in (408, 429):
+                    break  # our fault: asking again won't help
         self.failure = (
             f"--vlm-url {self.url}: no answer from {path} in {attempt + 1} of {self.tries} tries, "
-            f"is it up? The last: {f'HTTP {status}, ' if status else ''}{reason}"
+            f"is it up? The last: {reason}"
         )
         self.over.set()
         raise UserError(self.failure)
