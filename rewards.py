@@ -44,8 +44,10 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -509,21 +511,45 @@ def make_reward(name, settings, device):
     return reward
 
 
+def plain(value):
+    """A tensor or array, of any type and on any device, as Python's numbers; all else as it is."""
+    try:
+        return value.tolist() if hasattr(value, "tolist") else value
+    except RuntimeError:  # it holds no numbers, as on the meta device
+        return None
+
+
+def listed(values):
+    """What has an order, generators too, as a list of plain values; None for all else."""
+    values = plain(values)
+    if not isinstance(values, Iterable) or isinstance(values, (str, bytes, Mapping, Set)):
+        return None
+    return [plain(value) for value in values]
+
+
+def is_score(value):
+    """Whether it is a finite real number."""
+    return isinstance(value, Real) and abs(value) <= sys.float_info.max
+
+
 def checked(reward, images, prompts):
     """A reward's scores, one finite number a picture, and what it shows beside them.
 
-    uint8 (B, H, W, 3), B str -> float64 (B,), {name: list of B}. Raises UserError.
+    uint8 (B, H, W, 3), B str -> float64 (B,), {name: list of B}. Raises UserError for an answer of
+    another kind; an error inside the reward stays what it is.
     """
-    given = reward(images, prompts)
-    shown = {}
-    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], dict):
+    B, given, shown = len(prompts), reward(images, prompts), None
+    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], (Mapping, type(None))):
         given, shown = given
-    scores = given.detach().cpu() if isinstance(given, torch.Tensor) else given
-    scores = np.asarray(scores, dtype=np.float64)
-    right = scores.shape == (len(prompts),) and np.isfinite(scores).all()
+    scores = listed(given)
+    shown = {key: listed(values) for key, values in (shown or {}).items()}
+    function = getattr(reward, "func", reward)  # of a partial
+    name = getattr(function, "__name__", type(function).__name__)
+    answer = " ".join(repr(given if scores is None else scores).split())[:200]
     require(
-        right and all(len(values) == len(prompts) for values in shown.values()),
-        f"the reward {getattr(reward, '__name__', reward)} must give one finite number for each of "
-        f"{len(prompts)} pictures; it gave {scores}",
+        scores is not None and len(scores) == B and all(map(is_score, scores)),
+        f"the reward {name} must give one finite number for each of {B} pictures; it gave {answer}",
     )
-    return scores, shown
+    odd = [key for key, values in shown.items() if values is None or len(values) != B]
+    require(not odd, f"the reward {name} must show one thing for each of {B} pictures as {odd}")
+    return np.array(scores, dtype=np.float64), shown

@@ -2,7 +2,10 @@
 of its authors, servers that fail in five ways, and rewards of one's own, good and bad.
 """
 
+import fractions
+import functools
 import importlib.util
+import json
 import os
 import pickle
 import sys
@@ -577,21 +580,180 @@ def test_a_drive_letter_is_part_of_the_file(written, tmp_path, monkeypatch):
 # What a reward gives back
 
 
-def test_checked_scores_are_float64_and_come_with_what_is_shown():
-    shown = {"why": ["x", "y", "z"]}
-    scores, given = rewards.checked(lambda images, prompts: ([1, 2.5, 3], shown), pictures(), "abc")
-    assert scores.dtype == np.float64 and scores.tolist() == [1, 2.5, 3] and given == shown
-    scores, given = rewards.checked(incompressibility, pictures(), ["a"] * 3)
-    assert given == {} and (scores == incompressibility(pictures(), ["a"] * 3)).all()
+def giving(given):
+    def reward(images, prompts):
+        return given() if callable(given) else given
+
+    return reward
 
 
-def test_scores_that_are_not_one_finite_number_a_picture_are_refused():
-    def short(images, prompts):
-        return [1.0, 2.0]
+def scored(given, count=3):
+    return rewards.checked(giving(given), pictures()[:count], ["a"] * count)
 
-    def infinite(images, prompts):
-        return [1.0, 2.0, float("inf")]
 
-    for reward in (short, infinite):
-        said = refused(rewards.checked, reward, pictures(), ["a"] * 3)
-        assert f"the reward {reward.__name__} must give one finite number for each of 3" in said
+THREE = [0.5, -1.0, 2.0]
+GOOD = {
+    "list": THREE,
+    "tuple": tuple(THREE),
+    "generator": lambda: (score for score in THREE),
+    "dict's values": dict(enumerate(THREE)).values(),
+    "float64": np.array(THREE),
+    "float32": np.float32(THREE),
+    "float16": np.float16(THREE),
+    "longdouble": np.longdouble(THREE),
+    "objects": np.array(THREE, dtype=object),
+    "numpy scalars": [np.float32(0.5), np.float16(-1), np.int8(2)],
+    "0-d arrays": [np.array(score) for score in THREE],
+    "fractions": [fractions.Fraction(1, 2), -1, 2],
+    "tensor": torch.tensor(THREE),
+    "bfloat16": torch.tensor(THREE, dtype=torch.bfloat16),
+    "float8": torch.tensor(THREE).to(torch.float8_e5m2),
+    "gradient": torch.tensor(THREE, requires_grad=True),
+    "0-d tensors": [torch.tensor(score) for score in THREE],
+    "parameters": [torch.nn.Parameter(torch.tensor(score)) for score in THREE],
+    "tensor's generator": lambda: (torch.tensor(score).bfloat16() for score in THREE),
+    "tuple of arrays": (np.float32(0.5), torch.tensor(-1.0), 2),
+    "with nothing to show": (THREE, None),
+    "with an empty show": (torch.tensor(THREE), {}),
+}
+
+
+@pytest.mark.parametrize("given", GOOD.values(), ids=GOOD)
+def test_scores_of_every_kind_become_float64(given):
+    scores, shown = scored(given)
+    assert isinstance(scores, np.ndarray) and scores.dtype == np.float64
+    assert scores.tolist() == THREE and shown == {}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [np.array([1, 0, 2], np.uint8), torch.tensor([1, 0, 2]), [True, False, 2], range(1, -2, -1)],
+    ids=["uint8", "int64", "bool and int", "range"],
+)
+def test_whole_numbers_are_numbers(given):
+    assert scored(given)[0].tolist() == [1, 0, given[2]]
+
+
+def test_the_values_of_a_tensor_do_not_change():
+    values = torch.randn(3).tolist()
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        tensor = torch.tensor(values, dtype=dtype)
+        assert scored(tensor)[0].tolist() == tensor.double().tolist()
+    assert scored([2**53 + 1, 0, 0])[0][0] == 2**53
+
+
+def test_two_scores_in_a_tuple_are_scores():
+    assert scored((0.5, 0.25), count=2)[0].tolist() == [0.5, 0.25]
+    with pytest.raises(UserError):
+        scored((0.5, None), count=2)
+
+
+class Odd:
+    def __repr__(self):
+        return "an\nodd thing" * 100
+
+
+BAD = {
+    "None": None,
+    "a number": 0.5,
+    "a 0-d tensor": torch.tensor(0.5),
+    "a text": "abc",
+    "bytes": b"abc",
+    "a dict": {0: 0.5, 1: 1.0, 2: 2.0},
+    "a set": {0.5, 1.0, 2.0},
+    "too few": [0.5, 1.0],
+    "too many": [0.5] * 4,
+    "none": [],
+    "a column": torch.zeros(3, 1),
+    "columns in a list": [torch.zeros(1)] * 3,
+    "rows": np.zeros((3, 2)),
+    "lists": [[0.5], [1.0], [2.0]],
+    "NaN": [0.5, float("nan"), 1.0],
+    "infinity": torch.tensor([0.5, 1.0, -float("inf")]),
+    "too large": [0.5, 1.0, 10**400],
+    "complex": np.array([1j, 0, 0]),
+    "a complex tensor": torch.zeros(3, dtype=torch.complex64),
+    "texts": ["0.5", "1", "2"],
+    "an array of texts": np.array(["0.5", "1", "2"]),
+    "dates": np.array(["2020-01-01"] * 3, dtype="datetime64[D]"),
+    "records": np.zeros(3, dtype=[("score", float)]),
+    "masked": np.ma.array([0.5, 1.0, 2.0], mask=[0, 1, 0]),
+    "objects": [Odd(), Odd(), Odd()],
+    "Nones": [None] * 3,
+    "no numbers": torch.zeros(3, device="meta"),
+    "no numbers in a list": [torch.zeros((), device="meta")] * 3,
+    "a class": lambda: Odd,
+    "scores for a text": (THREE, "abc"),
+    "scores for a list": (THREE, [1, 2, 3]),
+    "three things": (THREE, {}, {}),
+    "in an array of objects": np.array([0.5, None, "x"], dtype=object),
+}
+
+
+@pytest.mark.parametrize("given", BAD.values(), ids=BAD)
+@pytest.mark.filterwarnings("error")
+def test_what_is_no_score_is_refused_in_one_line_that_names_the_reward(given):
+    said = refused(scored, given)
+    assert "the reward reward must give one finite number for each of 3 pictures; it gave" in said
+    assert len(said) < 400
+
+
+def test_extras_of_every_kind_become_lists():
+    shown = {
+        "list": ["x", "y", "z"],
+        "tuple": ("x", None, 2),
+        "generator": (c for c in "xyz"),
+        "tensor": torch.tensor(THREE, requires_grad=True),
+        "bfloat16": torch.tensor(THREE).bfloat16(),
+        "tensors": [torch.tensor(score) for score in THREE],
+        "texts": np.array(["x", "y", "z"]),
+        "vectors": torch.eye(3),
+    }
+    scores, given = scored((THREE, shown))
+    assert scores.tolist() == THREE and list(given) == list(shown)
+    assert given["list"] == given["generator"] == given["texts"] == ["x", "y", "z"]
+    assert given["tuple"] == ["x", None, 2]
+    assert given["tensor"] == given["bfloat16"] == given["tensors"] == THREE
+    assert given["vectors"] == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    json.dumps(given)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [0.5, None, "abc", torch.tensor(1), {0: 1, 1: 1, 2: 1}, ["x", "y"], [], {1, 2, 3}],
+    ids=str,
+)
+def test_an_extra_that_is_not_one_thing_a_picture_is_refused(extra):
+    said = refused(scored, (THREE, {"good": THREE, "odd": extra}))
+    assert "the reward reward must show one thing for each of 3 pictures" in said
+    assert "'odd'" in said and "'good'" not in said
+
+
+def test_a_reward_is_named_whatever_it_is():
+    class Reward:
+        def __call__(self, images, prompts):
+            return None
+
+    for reward in (Reward(), functools.partial(Reward())):
+        assert "the reward Reward must" in refused(rewards.checked, reward, pictures(), "abc")
+
+
+def test_an_error_inside_a_reward_stays_what_it_is_and_where_it_is(written):
+    """Not a UserError, of which only one line is printed: the user must see their own line."""
+    kinds = [
+        "NotImplementedError",
+        "ValueError",
+        "TypeError",
+        "RuntimeError",
+        "OSError",
+        "KeyError",
+    ]
+    text = "".join(f"def {kind}_(i, p):\n    raise {kind}('mine')\n" for kind in kinds)
+    text += "def lazy(i, p):\n    yield 0.5\n    yield [][0]\n"
+    path = written("mine.py", text)
+    for name in [*kinds, "lazy"]:
+        with pytest.raises(Exception) as caught:
+            rewards.checked(own(path, name if name == "lazy" else f"{name}_"), pictures(), "abc")
+        assert caught.type.__name__ == (name if name != "lazy" else "IndexError")
+        assert not isinstance(caught.value, UserError)
+        assert str(caught.traceback[-1].path) == path
