@@ -1,23 +1,118 @@
-"""train.py from outside: run folders, resume, refusals. The model is the zoo, with settings so small that a run takes seconds."""
+"""train.py from outside: run folders, resume, refusals, plug-ins.
+
+Most runs are of a Stable Diffusion that is too small to draw anything, and take half a second; one
+is of the zoo.
+"""
+
+import dataclasses
 import json
+import os
 import shutil
+import signal
 import tempfile
+import traceback
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import ddpo
 import train
-from rewards import compressibility
+import unet
+from rewards import compressibility, make_reward
+from scheduler import UserError, named_noise
 
-PROMPTS = Path(tempfile.mkdtemp()) / "three.txt"             # so few that they come again: their statistics matter
-PROMPTS.write_text("a cat\na bee\na lion\n")
-TINY = ["--prompts", str(PROMPTS), "--reward", "compressibility", "--model", "zoo", "--device", "cpu", "--epochs", "2", "--samples-per-epoch", "4", "--samples-per-prompt", "2",
-        "--batch-size", "2", "--steps", "3", "--eval-samples", "4", "--eval-every", "1", "--checkpoint-every", "1", "--micro-batch", "4",
-        "--sample-batch", "4", "--min-count", "2", "--warmup", "0"]
+FOLDER = tempfile.TemporaryDirectory()  # goes with the process
+# Two epochs of two updates. Three prompts come again and again: their statistics matter.
+TINY = """
+    --reward compressibility --metrics= --device cpu --epochs 2 --samples-per-epoch 4
+    --samples-per-prompt 2 --batch-size 2 --steps 3 --eval-samples 4 --eval-every 1
+    --checkpoint-every 1 --micro-batch 4 --sample-batch 4 --min-count 2 --warmup 0
+""".split()
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+CURVE = train.draw_curve  # the tests of this file go without it, but where they ask for it
+
+
+@cache
+def small_model():
+    """The zoo's words and schedule, networks without training or size -> folder."""
+    levels = ["DownBlock2D", "UpBlock2D"]
+    config = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [16, 32],
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "cross_attention_dim": 128,
+        "attention_head_dim": 2,
+        "down_block_types": ["CrossAttnDownBlock2D", levels[0]],
+        "up_block_types": [levels[1], "CrossAttnUpBlock2D"],
+    }
+    vae_config = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "block_out_channels": [8, 8, 8],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "scaling_factor": 1.0,
+    }
+    folder = Path(FOLDER.name) / "small"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = unet.VAE(vae_config)
+        vae.decoder.conv_out.weight.data.mul_(3)  # pictures of many colours, 32 x 32
+        unet.save(unet.UNet(config), folder / "unet")
+        unet.save(vae, folder / "vae")
+    for part in ("text_encoder", "tokenizer", "scheduler"):
+        shutil.copytree(train.ZOO / part, folder / part)
+    zoo = train.ZOO.parent
+    own = {"lr": 4e-4, "clip_range": 6.4e-3, "guidance": 4, "bert_layer": 2}
+    models = {"clip": "clip", "aesthetic_head": "aesthetic", "vlm": "llava", "bert": "bert"}
+    own.update({name: str(zoo / part) for name, part in models.items()})
+    (folder / "ddpo.json").write_text(json.dumps({"all": own}))
+    (folder / "three.txt").write_text("a cat\na bee\na lion\n")
+    return folder
+
+
+def tiny(*options):
+    """The command line of a tiny run of the small model; the last option of a kind wins."""
+    prompts = str(small_model() / "three.txt")
+    return ["--model", str(small_model()), "--prompts", prompts, *TINY, *options]
+
+
+def run(folder, *options):
+    """A tiny run into a folder -> the folder."""
+    train.main(tiny("--out", str(folder), *options))
+    return folder
+
+
+def resume(folder, *options):
+    """Go on with a run."""
+    train.main(["--out", str(folder), "--resume", *options])
+
+
+def refusal(call, *arguments):
+    """The one line in which it ends."""
+    with pytest.raises(SystemExit) as end:
+        call(*arguments)
+    line = str(end.value)
+    assert line.startswith("train.py: ") and "\n" not in line
+    return line
+
+
+def resolve(given, folder):
+    """The settings as train.py works them out, without loading anything."""
+    algorithm = train.choose_algorithm(given.get("algorithm", "ddpo-is"))
+    config = train.merge(given, folder, algorithm)
+    train.check(config, given, algorithm)
+    return config
 
 
 def metrics(folder):
@@ -25,386 +120,998 @@ def metrics(folder):
 
 
 def without_seconds(lines):
-    return [{name: value for name, value in line.items() if not name.startswith("seconds")} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
 
 
 def weights(folder, epoch):
-    return load_file(folder / "checkpoints" / f"{epoch:06d}" / "unet" / "diffusion_pytorch_model.safetensors")
+    return load_file(folder / "checkpoints" / f"{epoch:06d}" / WEIGHTS)
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def moved(folder):
+    """Do the first two checkpoints differ?"""
+    return not equal(weights(folder, 1), weights(folder, 2))
+
+
+def sampled(folder, epoch):
+    """The record of an evaluation."""
+    return json.loads((folder / "samples" / f"epoch_{epoch:04d}.json").read_text())
+
+
+def pictures(folder, epoch):
+    return np.asarray(Image.open(folder / "samples" / f"epoch_{epoch:04d}.png"))
+
+
+def settings_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def no_curve(out, config):
+    """In place of draw_curve, which takes most of so small a run's time."""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train, "draw_curve", no_curve)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(scope="module")
+def zoo_run(tmp_path_factory):
+    """With the zoo's own settings but for the sizes, and all that it watches."""
+    folder = tmp_path_factory.mktemp("runs") / "zoo"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw_curve", CURVE)
+        options = [option for option in TINY if option != "--metrics="]
+        prompts = str(small_model() / "three.txt")
+        train.main(["--model", "zoo", "--prompts", prompts, *options, "--out", str(folder)])
+    return folder
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    train.main([*TINY, "--out", str(folder)])
-    return folder
+    """Never changed: who goes on with it copies it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw_curve", no_curve)
+        return run(tmp_path_factory.mktemp("runs") / "whole")
 
 
-def test_a_run_leaves_what_the_readme_promises(whole_run):
-    lines = metrics(whole_run)
+# What a run leaves
+
+
+def test_a_run_leaves_what_the_readme_promises(zoo_run):
+    lines = metrics(zoo_run)
     assert [line["epoch"] for line in lines] == [0, 1]
     assert [line["reward_queries"] for line in lines] == [4, 8]
     assert [line["eval_queries"] for line in lines] == [0, 8]
-    record = [json.loads((whole_run / "samples" / f"epoch_000{epoch}.json").read_text())["rewards"] for epoch in (0, 2)]
-    gain = np.subtract(*record[::-1])
-    assert lines[0]["eval_gain_sd"] == 0 and lines[1]["eval_gain_sd"] == pytest.approx(gain.mean() / np.std(record[0]))
-    assert lines[1]["eval_gain_se"] == pytest.approx(gain.mean() / (np.std(gain, ddof=1) / 2))
-    for name in ("reward_mean", "reward_std", "loss", "approx_kl", "clip_fraction", "grad_norm", "seconds_sampling", "seconds_reward",
-                 "seconds_training"):
+    numbers = "reward_mean reward_std loss approx_kl clip_fraction grad_norm"
+    for name in (*numbers.split(), "seconds_sampling", "seconds_reward", "seconds_training"):
         assert all(np.isfinite(line[name]) for line in lines), name
     assert len(lines[0]["clip_fraction_by_step"]) == 3
-    assert Image.open(whole_run / "samples" / "epoch_0000.png").size == (128, 128)
-    assert (whole_run / "reward.png").stat().st_size > 5000
-    assert json.loads((whole_run / "config.json").read_text())["micro_batch"] == 4
-    assert sorted(p.name for p in (whole_run / "checkpoints").iterdir()) == ["000001", "000002"]
+    assert pictures(zoo_run, 0).shape == (128, 128, 3)
+    assert (zoo_run / "reward.png").stat().st_size > 5000
+    assert settings_of(zoo_run)["micro_batch"] == 4
+    names = sorted(path.name for path in zoo_run.iterdir())
+    files = ["config.json", "descriptions.jsonl", "metrics.jsonl", "reward.png"]
+    assert names == sorted([*files, "checkpoints", "samples"])
+    assert sorted(path.name for path in (zoo_run / "checkpoints").iterdir()) == ["000001", "000002"]
 
 
-def test_the_ratio_is_one_at_the_first_update_of_each_epoch(whole_run):
-    assert [line["first_ratio_error"] for line in metrics(whole_run)] == pytest.approx([0, 0], abs=1e-5)
+def test_the_gain_is_that_on_the_base_models_pictures(zoo_run):
+    base, after = (np.array(sampled(zoo_run, epoch)["rewards"]) for epoch in (0, 2))
+    first, last = metrics(zoo_run)
+    gain = after - base
+    assert first["eval_gain_sd"] == first["eval_gain_se"] == 0
+    assert last["eval_gain_sd"] == pytest.approx(gain.mean() / base.std())
+    assert last["eval_gain_se"] == pytest.approx(gain.mean() / (gain.std(ddof=1) / 2))
 
 
-def test_recorded_rewards_are_those_of_the_recorded_pictures(whole_run):
-    record = json.loads((whole_run / "samples" / "epoch_0000.json").read_text())
-    grid = np.asarray(Image.open(whole_run / "samples" / "epoch_0000.png"))
-    tiles = [grid[y:y + 64, x:x + 64] for y in (0, 64) for x in (0, 64)]
-    assert record["rewards"] == pytest.approx(compressibility(np.stack(tiles), record["prompts"]).tolist())
-    assert metrics(whole_run)[0]["eval_reward_mean"] == pytest.approx(np.mean(record["rewards"]))
+def test_the_ratio_is_one_at_the_first_update_of_each_epoch(zoo_run):
+    errors = [line["first_ratio_error"] for line in metrics(zoo_run)]
+    assert errors == pytest.approx([0, 0], abs=1e-5)
 
 
-def test_training_moves_the_unet_and_checkpoints_load(whole_run):
-    first, second = weights(whole_run, 1), weights(whole_run, 2)
-    assert any(not torch.equal(first[key], second[key]) for key in first)
-    train.load(train.UNet, whole_run / "checkpoints" / "000002" / "unet")
+def test_a_healthy_run_is_silent(zoo_run):
+    assert [line["warnings"] for line in metrics(zoo_run)] == [[], []]
+
+
+def test_recorded_rewards_are_those_of_the_recorded_pictures(zoo_run):
+    record, grid = sampled(zoo_run, 0), pictures(zoo_run, 0)
+    tiles = [grid[y : y + 64, x : x + 64] for y in (0, 64) for x in (0, 64)]
+    expected = compressibility(np.stack(tiles), record["prompts"])
+    assert record["rewards"] == pytest.approx(expected.tolist())
+    first = metrics(zoo_run)[0]
+    assert first["eval_reward_mean"] == pytest.approx(np.mean(record["rewards"]))
+    assert first["eval_reward_std"] == pytest.approx(np.std(record["rewards"]))
+
+
+def test_pictures_are_shown_at_most_256_pixels_wide_in_rows():
+    images = np.zeros((5, 512, 512, 3), np.uint8)
+    images[4, :, :, 1] = 200
+    grid = np.asarray(train.grid(images))
+    assert grid.shape == (512, 768, 3)
+    assert (grid[256:, 256:512] == [0, 200, 0]).all()
+    assert grid.sum() == images[4].sum() // 4
+
+
+def test_every_run_watches_the_other_rewards_and_the_diversity(zoo_run):
+    line, record = metrics(zoo_run)[0], sampled(zoo_run, 0)
+    for name in ("truth", "judged_right"):
+        assert len(record[name]) == 4
+        assert line[f"eval_{name}_mean"] == pytest.approx(np.mean(record[name]))
+    assert 0 < line["diversity"] < 1 and 0 < line["eval_diversity"] < 1
+    assert record["prompts"] == ["a cat", "a bee"] * 2
+    embeds = train.clip_embedder(str(train.ZOO.parent / "clip"), torch.device("cpu"))
+    grid = pictures(zoo_run, 0)
+    tiles = np.stack([grid[y : y + 64, x : x + 64] for y in (0, 64) for x in (0, 64)])
+    a, b, c, d = embeds(tiles)
+    expected = 1 - (a @ c + b @ d).item() / 2
+    assert line["eval_diversity"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_training_moves_the_unet_and_checkpoints_load(zoo_run):
+    assert moved(zoo_run)
+    loaded = unet.load(unet.UNet, zoo_run / "checkpoints" / "000002" / "unet")
+    assert equal(loaded.state_dict(), weights(zoo_run, 2))
+
+
+def test_a_checkpoints_state_is_the_epoch_the_algorithms_and_the_scalers(whole_run):
+    state = json.loads((whole_run / "checkpoints" / "000002" / "state.json").read_text())
+    assert set(state) == {"epoch", "algorithm", "scaler"}
+    assert state["epoch"] == 2
+    history = state["algorithm"]["statistics"]
+    assert set(history) <= {"a cat", "a bee", "a lion"}
+    assert sum(map(len, history.values())) == 8
+
+
+def test_the_last_two_checkpoints_are_kept_the_last_epochs_among_them(tmp_path):
+    options = ["--epochs", "5", "--checkpoint-every", "2", "--eval-every", "3"]
+    folder = run(tmp_path / "run", *options)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["000004", "000005"]
+    evaluated = [0, 3, 5]
+    samples = sorted(path.name for path in (folder / "samples").glob("*.png"))
+    assert samples == [f"epoch_{epoch:04d}.png" for epoch in evaluated]
+    queries = [line["eval_queries"] for line in metrics(folder) if "eval_queries" in line]
+    assert queries == [4 * epoch for epoch in evaluated]
+
+
+def test_a_run_is_named_by_reward_and_algorithm_where_no_folder_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main(tiny("--epochs", "1"))
+    [folder] = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("compressibility-ddpo-is-20")
+    assert settings_of(folder)["out"] == f"runs/{folder.name}"
+
+
+def test_the_evaluation_pictures_are_fixed_and_the_training_samples_are_not(tmp_path):
+    """With a learning rate of nothing the pictures of the last epoch are those of the first."""
+    folder = run(tmp_path / "still", "--lr", "1e-11")
+    before, after = (pictures(folder, epoch).astype(int) for epoch in (0, 2))
+    assert np.abs(before - after).max() <= 1
+    first, second = metrics(folder)
+    assert first["eval_reward_mean"] == pytest.approx(second["eval_reward_mean"], abs=0.01)
+    assert abs(first["reward_mean"] - second["reward_mean"]) > 0.01
+
+
+def test_the_first_line_keeps_the_base_models_evaluation(tmp_path, capsys):
+    folder = run(tmp_path / "one", "--epochs", "1")
+    assert "fixed pictures: " in capsys.readouterr().out
+    [line] = metrics(folder)
+    assert line["eval_queries"] == 0
+    assert line["eval_reward_mean"] == pytest.approx(np.mean(sampled(folder, 0)["rewards"]))
+    assert sampled(folder, 1)["rewards"] != sampled(folder, 0)["rewards"]
+
+
+def test_without_clip_the_run_goes_on_without_its_diversity(tmp_path, capsys):
+    folder = run(tmp_path / "run", "--clip", str(tmp_path), "--epochs", "1")
+    assert "diversity is not measured: --clip" in capsys.readouterr().out
+    assert metrics(folder)[0]["diversity"] is metrics(folder)[0]["eval_diversity"] is None
+
+
+def test_another_seed_is_another_run(whole_run, tmp_path):
+    other = run(tmp_path / "other", "--seed", "1", "--epochs", "1")
+    assert metrics(other)[0]["reward_mean"] != metrics(whole_run)[0]["reward_mean"]
+    assert not np.array_equal(pictures(other, 0), pictures(whole_run, 0))
+
+
+# What reaches the update
+
+
+class Spy:
+    """In place of ddpo.optimizer_step: keeps what it is called with."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.real = [], ddpo.optimizer_step
+        monkeypatch.setattr(ddpo, "optimizer_step", self)
+
+    def __call__(self, policy, algorithm, optimizer, batch, micro_batch, max_grad_norm, scaler):
+        [group] = optimizer.param_groups
+        sizes = (policy.sampler.T, policy.sampler.eta, policy.guidance, micro_batch, max_grad_norm)
+        clean = all(p.grad is None for p in group["params"])
+        self.calls.append((algorithm, batch, group["lr"], sizes, group["weight_decay"], clean))
+        limits = (micro_batch, max_grad_norm, scaler)
+        return self.real(policy, algorithm, optimizer, batch, *limits)
+
+
+def test_settings_reach_the_update(tmp_path, monkeypatch):
+    spy = Spy(monkeypatch)
+    numbers = "--eta 0.5 --guidance 2 --lr 0.001 --clip-range 0.3 --max-grad-norm 0.7 --warmup 3"
+    run(tmp_path, *numbers.split(), "--seed", "5", "--weight-decay", "0.5")
+    assert [sizes for _, _, _, sizes, _, _ in spy.calls] == 4 * [(3, 0.5, 2.0, 4, 0.7)]
+    rates = [lr for _, _, lr, _, _, _ in spy.calls]
+    assert rates == pytest.approx([0.00025, 0.0005, 0.00075, 0.001])
+    assert {decay for *_, decay, _ in spy.calls} == {0.5}
+    # an epoch's sampling has the memory of the last update's gradients
+    assert [clean for *_, clean in spy.calls] == [True, False, True, False]
+    algorithm = spy.calls[0][0]
+    assert type(algorithm) is ddpo.DDPO
+    used = algorithm.settings
+    assert (used.clip_range, used.guidance, used.batch_size) == (0.3, 2.0, 2)
+    assert [len(batch) for _, batch, *_ in spy.calls] == [6] * 4
+
+
+def test_noises_are_named_by_seed_epoch_and_sample(tmp_path, monkeypatch):
+    spy = Spy(monkeypatch)
+    run(tmp_path, "--seed", "5", "--sample-batch", "3")
+    for epoch in (0, 1):
+        x_T = spy.calls[2 * epoch][1].trajectories.latents[:, 0]
+        names = [(5, epoch, i) for i in range(4)]
+        expected = torch.stack([named_noise((4, 8, 8), 1, *name)[0] for name in names])
+        assert torch.equal(x_T, expected)
+
+
+def test_rewards_reach_the_update_normalised_prompt_by_prompt(tmp_path, monkeypatch):
+    """Two pictures of each prompt: by their own mean and deviation they are +1 and -1."""
+    spy = Spy(monkeypatch)
+    text = "def counted(images, prompts):\n    return list(range(len(prompts)))\n"
+    (tmp_path / "mine.py").write_text(text)
+    options = ["--reward", f"{tmp_path}/mine.py:counted", "--epochs", "1"]
+    run(tmp_path / "run", *options)
+    found = {}
+    for _, batch, *_ in spy.calls:
+        found.update(zip(batch.i.tolist(), batch.advantages.tolist()))
+    assert [found[i] for i in range(4)] == pytest.approx([-1, 1, -1, 1], abs=1e-3)
+    line = metrics(tmp_path / "run")[0]
+    assert line["reward_mean"] == 1.5 and line["reward_std"] == pytest.approx(1.25**0.5)
+
+
+def test_results_do_not_depend_on_how_the_work_is_cut(tmp_path):
+    """One update, so that Adam's first steps cannot amplify rounding.
+
+    The reward is smooth: a pixel that rounds the other way moves a JPEG by some bytes.
+    """
+    (tmp_path / "mine.py").write_text(BRIGHTNESS)
+    once = ["--reward", f"{tmp_path}/mine.py:brightness", "--epochs", "1", "--batch-size", "4"]
+    run(tmp_path / "whole", *once)
+    run(tmp_path / "cut", *once, "--micro-batch", "5", "--sample-batch", "3")
+    whole, cut = metrics(tmp_path / "whole")[0], metrics(tmp_path / "cut")[0]
+    for name in ("reward_mean", "reward_std", "grad_norm", "diversity", "eval_reward_mean"):
+        assert cut[name] == pytest.approx(whole[name], rel=2e-3), name
+
+
+BRIGHTNESS = """
+def brightness(images, prompts):
+    return images.mean((1, 2, 3)) + images[:, 0].mean((1, 2)) / 3
+"""
+REGRESSION = {"rwr": ["--beta", "3"], "rwr-sparse": ["--percentile", "0.5"]}
+
+
+@pytest.mark.parametrize("algorithm", REGRESSION)
+def test_regression_runs_in_the_same_loop_and_resumes_exactly(algorithm, tmp_path):
+    own = [*REGRESSION[algorithm], "--updates", "3", "--batch-size", "5", "--lr", "1e-3"]
+    options = ["--algorithm", algorithm, *own]
+    whole = run(tmp_path / "whole", *options)
+    for line in metrics(whole):
+        assert line["clip_fraction"] is line["approx_kl"] is line["first_ratio_error"] is None
+        assert 0.1 < line["loss"] < 5 and line["grad_norm"] > 0 and line["warnings"] == []
+    assert moved(whole)
+    cut = run(tmp_path / "cut", *options, "--epochs", "1")
+    resume(cut, "--epochs", "2")
+    assert equal(weights(cut, 2), weights(whole, 2))
+    assert without_seconds(metrics(cut)) == without_seconds(metrics(whole))
+
+
+def regression(spy, folder, *options):
+    """An epoch of regression -> the algorithm, its three batches, its three learning rates."""
+    spy.calls.clear()
+    numbers = "--epochs 1 --updates 3 --batch-size 5 --warmup 1 --guidance 2 --lr 0.01"
+    run(folder, *numbers.split(), "--max-grad-norm", "0.7", *options)
+    algorithms, batches, rates, *_ = zip(*spy.calls)
+    assert {len(batch) for batch in batches} == {5}
+    assert {sizes[3:] for _, _, _, sizes, *_ in spy.calls} == {(4, 0.7)}
+    assert rates == pytest.approx([0.005, 0.01, 0.01])
+    return algorithms[0], batches
+
+
+def test_the_settings_of_regression_reach_it(tmp_path, monkeypatch):
+    spy, asked = Spy(monkeypatch), []
+    real = ddpo.rwr_weights
+
+    def watched(prompts, rewards, beta):
+        asked.append((prompts, rewards, beta, real(prompts, rewards, beta)))
+        return asked[-1][-1]
+
+    monkeypatch.setattr(ddpo, "rwr_weights", watched)
+    rwr = ["--algorithm", "rwr"]
+    algorithm, batches = regression(spy, tmp_path / "rwr", *rwr, "--beta", "3")
+    [(prompts, rewards, beta, expected)] = asked
+    assert prompts[0] == prompts[1] and prompts[2] == prompts[3] and beta == 3
+    ratio = (expected[0] / expected[1]).log().item()
+    assert ratio == pytest.approx(3 * (rewards[0] - rewards[1]).item(), rel=1e-4)
+    used = torch.cat([batch.tensors[4] for batch in batches])
+    assert set(used.tolist()) <= set(expected.tolist())
+    assert algorithm.settings.guidance == 2.0 and not algorithm.settings.no_cfg_training
+    plain, _ = regression(spy, tmp_path / "plain", *rwr, "--no-cfg-training")
+    assert plain.settings.no_cfg_training
+    sparse = ["--algorithm", "rwr-sparse"]
+    best, batches = regression(spy, tmp_path / "best", *sparse, "--percentile", "1")
+    kept = sorted(best.weights(prompts, rewards).tolist())
+    assert kept == [0, 0, 1, 1]
+    assert all(batch.tensors[4].tolist() == [1] * 5 for batch in batches)
+    everything, _ = regression(spy, tmp_path / "all", *sparse, "--percentile", "0")
+    assert everything.weights(prompts, rewards).tolist() == [1] * 4
+
+
+def test_the_score_function_takes_one_update_an_epoch(tmp_path, monkeypatch):
+    spy = Spy(monkeypatch)
+    arguments = tiny("--algorithm", "ddpo-sf", "--out", str(tmp_path / "run"))
+    at = arguments.index("--batch-size")
+    train.main(arguments[:at] + arguments[at + 2 :])
+    assert [len(batch) for _, batch, *_ in spy.calls] == [12, 12]
+    assert settings_of(tmp_path / "run")["batch_size"] == 4
+    assert [line["warnings"] for line in metrics(tmp_path / "run")] == [[], []]
+
+
+# Alarms
+
+
+def test_a_wild_learning_rate_is_seen_by_the_gradient_or_the_clipping(tmp_path):
+    seldom = ["--eval-every", "9", "--checkpoint-every", "9"]
+    wild = run(tmp_path / "wild", *seldom, "--lr", "0.03", "--epochs", "4")
+    assert {"gradient", "clipping"} & {name for line in metrics(wild) for name in line["warnings"]}
+    timid = run(tmp_path / "timid", *seldom, "--lr", "1e-9", "--epochs", "3")
+    assert metrics(timid)[-1]["warnings"] == ["clipping"]
+
+
+def spoil(monkeypatch):
+    """Advantages that are no numbers."""
+
+    def broken(rewards, mean, std, limit):
+        return rewards * float("nan")
+
+    monkeypatch.setattr(ddpo, "normalize_advantages", broken)
+
+
+def test_what_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    whole_run, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(whole_run, tmp_path / "nan")
+    spoil(monkeypatch)
+    line = refusal(resume, folder, "--epochs", "3")
+    assert "epoch 2: not all metrics are finite" in line
+    assert "--resume from " in line and line.endswith("000002")
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["000001", "000002"]
+    assert metrics(folder)[-1]["warnings"] == ["not finite"]
+    assert metrics(folder)[-1]["grad_norm"] is None
+    assert "NaN" not in (folder / "metrics.jsonl").read_text()
+    monkeypatch.undo()
+    resume(folder, "--epochs", "3", "--lr", "1e-5")  # as the line says
+    assert [line["warnings"] for line in metrics(folder)] == [[], [], []]
+
+
+def test_what_is_not_finite_before_the_first_checkpoint(tmp_path, monkeypatch):
+    spoil(monkeypatch)
+    line = refusal(run, tmp_path)
+    assert "another --out: there is no checkpoint" in line
+
+
+# Resume
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, tmp_path, monkeypatch):
     folder, real = tmp_path / "cut", train.one_epoch
 
-    def cut(*arguments):
-        if arguments[-1] == 1:
+    def cut(run, epoch):
+        if epoch == 1:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(run, epoch)
 
     monkeypatch.setattr(train, "one_epoch", cut)
-    with pytest.raises(SystemExit):
-        train.main([*TINY, "--out", str(folder)])
-    monkeypatch.undo()
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"epoch": 1, "reward_que')              # killed in the middle of a line, and of a checkpoint
-    (folder / "checkpoints" / "000002.tmp").mkdir()
-    train.main(["--out", str(folder), "--resume"])
+    assert "--resume go on from it" in refusal(run, folder)
+    monkeypatch.setattr(train, "one_epoch", real)
+    with open(folder / "metrics.jsonl", "a") as file:  # killed in the middle of a line,
+        file.write('{"epoch": 1, "reward_que')
+    (folder / "checkpoints" / "000002.tmp").mkdir()  # and of a checkpoint
+    resume(folder)
     assert without_seconds(metrics(folder)) == without_seconds(metrics(whole_run))
-    one, other = weights(folder, 2), weights(whole_run, 2)
-    assert all(torch.equal(one[key], other[key]) for key in other)
+    assert equal(weights(folder, 2), weights(whole_run, 2))
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["000001", "000002"]
 
 
-def test_the_evaluation_pictures_are_fixed_and_the_first_line_keeps_the_bases(tmp_path, capsys):
-    """With a learning rate of nothing the pictures of the last epoch are those of the first; the training samples are others."""
-    train.main([*TINY, "--lr", "1e-11", "--out", str(tmp_path / "still")])
-    before, after = (np.asarray(Image.open(tmp_path / "still" / "samples" / f"epoch_000{epoch}.png")).astype(int) for epoch in (0, 2))
-    assert np.abs(before - after).max() <= 1
-    first, second = metrics(tmp_path / "still")
-    assert first["eval_reward_mean"] == pytest.approx(second["eval_reward_mean"], abs=0.01) and abs(first["reward_mean"] - second["reward_mean"]) > 0.02
-    train.main([*TINY, "--epochs", "1", "--out", str(tmp_path / "one")])
-    assert "fixed pictures: " in capsys.readouterr().out
-    assert metrics(tmp_path / "one")[0]["eval_queries"] == 0 and (tmp_path / "one" / "samples" / "epoch_0001.png").is_file()
+def test_lines_after_the_checkpoint_are_dropped(whole_run, tmp_path):
+    """A run that was killed between its line and its checkpoint."""
+    folder = shutil.copytree(whole_run, tmp_path / "late")
+    shutil.rmtree(folder / "checkpoints" / "000002")
+    resume(folder)
+    assert without_seconds(metrics(folder)) == without_seconds(metrics(whole_run))
+    assert equal(weights(folder, 2), weights(whole_run, 2))
 
 
-def test_settings_reach_the_update(tmp_path, monkeypatch):
-    seen, real = [], train.ddpo.improve
-
-    def spy(policy, optimizer, trajectories, batch_size, name, lrs, **settings):
-        seen.append((policy.T, policy.eta, policy.w, batch_size, name, lrs, settings["clip_range"], settings["micro_batch"], settings["max_grad_norm"],
-                     settings["algorithm"], trajectories.advantages, trajectories.latents[:, 0]))
-        return real(policy, optimizer, trajectories, batch_size, name, lrs, **settings)
-
-    monkeypatch.setattr(train.ddpo, "improve", spy)
-    train.main([*TINY, "--out", str(tmp_path), "--eta", "0.5", "--guidance", "2", "--lr", "0.001", "--clip-range", "0.3", "--max-grad-norm", "0.7",
-                "--warmup", "3", "--seed", "5"])
-    assert [call[:5] for call in seen] == [(3, 0.5, 2.0, 2, [5, 0, 1]), (3, 0.5, 2.0, 2, [5, 1, 1])]
-    assert [call[5] for call in seen] == [pytest.approx([0.00025, 0.0005]), pytest.approx([0.00075, 0.001])]
-    assert seen[0][6:10] == (0.3, 4, 0.7, "ddpo-is")
-    for epoch, call in enumerate(seen):                     # the noises are named by (seed, epoch, sample)
-        assert all(torch.equal(x_T, train.ddpo.named_noise((4, 8, 8), 1, 5, epoch, i)[0]) for i, x_T in enumerate(call[11]))
-    first = seen[0][10].tolist()                            # two pictures of each prompt: normalised by their own mean and deviation
-    assert sorted(map(abs, first)) == pytest.approx([1] * 4, abs=1e-3) and first[0] == pytest.approx(-first[1], abs=1e-3)
-
-
-def test_results_do_not_depend_on_how_the_work_is_cut(tmp_path):
-    """One update, so that Adam's first steps cannot amplify rounding; a pixel that rounds the other way still moves a JPEG by some bytes."""
-    one_update = [*TINY, "--epochs", "1", "--batch-size", "4"]
-    train.main([*one_update, "--out", str(tmp_path / "whole")])
-    train.main([*one_update, "--out", str(tmp_path / "cut"), "--micro-batch", "1", "--sample-batch", "3"])
-    whole, cut = metrics(tmp_path / "whole")[0], metrics(tmp_path / "cut")[0]
-    for name in ("reward_mean", "reward_std", "grad_norm"):
-        assert cut[name] == pytest.approx(whole[name], rel=2e-2), name
-
-
-@pytest.mark.parametrize("algorithm, options", [("rwr", ["--beta", "3"]), ("rwr-sparse", ["--percentile", "0.5"])])
-def test_reward_weighted_regression_runs_in_the_same_loop_and_resumes_exactly(algorithm, options, tmp_path, monkeypatch):
-    arguments = [*TINY, "--algorithm", algorithm, *options, "--updates", "3", "--batch-size", "5"]
-    train.main([*arguments, "--out", str(tmp_path / "whole")])
-    for line in metrics(tmp_path / "whole"):
-        assert line["clip_fraction"] is None and line["approx_kl"] is None and 0.1 < line["loss"] < 5 and line["grad_norm"] > 0
-    assert any(not torch.equal(a, b) for a, b in zip(weights(tmp_path / "whole", 1).values(), weights(tmp_path / "whole", 2).values()))
-    train.main([*arguments, "--epochs", "1", "--out", str(tmp_path / "cut")])
-    train.main(["--out", str(tmp_path / "cut"), "--resume", "--epochs", "2"])
-    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "whole", 2).values(), weights(tmp_path / "cut", 2).values()))
-
-
-def test_the_settings_of_regression_reach_it(tmp_path, monkeypatch):
-    seen = []
-
-    def spy(policy, optimizer, x_0, prompts, weights, batch_size, name, lrs, w, **settings):
-        seen.append((x_0.shape, weights, prompts, batch_size, name, lrs, w, settings["micro_batch"], settings["max_grad_norm"]))
-        return {"loss": 1.0, "grad_norm": 1.0}
-
-    monkeypatch.setattr(train.ddpo, "regress", spy)
-    rwr_weights, asked = train.ddpo.rwr_weights, []
-    monkeypatch.setattr(train.ddpo, "rwr_weights", lambda prompts, rewards, beta: asked.append((beta, rewards)) or rwr_weights(prompts, rewards, beta))
-    common = [*TINY, "--epochs", "1", "--updates", "3", "--batch-size", "5", "--warmup", "1", "--guidance", "2"]
-    for algorithm, more in (("rwr", ["--beta", "3"]), ("rwr-sparse", ["--percentile", "1", "--no-cfg-training"]), ("rwr-sparse", ["--percentile", "0"])):
-        train.main([*common, "--algorithm", algorithm, *more, "--max-grad-norm", "0.7", "--lr", "0.01", "--out", str(tmp_path / "".join(more))])
-    (shape, weights, prompts, *rest), (_, sparse, _, *others), (_, all_kept, *_) = seen
-    assert shape == (4, 4, 8, 8) and prompts[0] == prompts[1] and prompts[2] == prompts[3]
-    assert rest == [5, [0, 0, 1], pytest.approx([0.005, 0.01, 0.01]), 2.0, 4, 0.7] and others[3] == 1.0
-    beta, rewards = asked[0]
-    assert beta == 3 and (weights[0] / weights[1]).log().item() == pytest.approx(3 * (rewards[0] - rewards[1]).item(), rel=1e-4)
-    assert [int(pair.argmax()) for pair in sparse.reshape(2, 2)] == [int(pair.argmax()) for pair in rewards.reshape(2, 2)]
-    assert sorted(sparse.tolist()) == [0, 0, 1, 1] and all_kept.tolist() == [1] * 4
-
-
-def test_training_without_guidance_is_seen_by_the_ratio_and_healthy_runs_are_silent(whole_run, tmp_path, capsys):
-    assert [line["warnings"] for line in metrics(whole_run)] == [[], []]
-    train.main([*TINY, "--no-cfg-training", "--out", str(tmp_path)])
-    assert [line["warnings"] for line in metrics(tmp_path)] == [["ratio"], ["ratio"]]
-    out = capsys.readouterr().out
-    assert out.count("warning (ratio)") == out.count("warning (ratio), epoch 0: the ratio is off 1") == 1                # once, when it begins
-
-
-def test_a_wild_learning_rate_is_seen_by_the_gradient_or_the_clipping(tmp_path):
-    train.main([*TINY, "--lr", "0.03", "--epochs", "4", "--eval-every", "9", "--checkpoint-every", "9", "--out", str(tmp_path / "wild")])
-    assert {"gradient", "clipping"} & {name for line in metrics(tmp_path / "wild") for name in line["warnings"]}
-    train.main([*TINY, "--lr", "1e-9", "--epochs", "3", "--eval-every", "9", "--checkpoint-every", "9", "--out", str(tmp_path / "timid")])
-    assert metrics(tmp_path / "timid")[-1]["warnings"] == ["clipping"]
-
-
-def test_a_folder_that_holds_a_run_is_refused_and_left_alone(whole_run, capsys):
+def test_a_folder_that_holds_a_run_is_refused_and_left_alone(whole_run):
     before = (whole_run / "metrics.jsonl").read_bytes()
-    with pytest.raises(SystemExit) as end:
-        train.main([*TINY, "--out", str(whole_run)])
-    assert "holds a run already" in str(end.value) and "\n" not in str(end.value)
+    assert "holds a run already: add --resume" in refusal(run, whole_run)
     assert (whole_run / "metrics.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (["--eta", "0"], "--eta 0: at most 1, and for DDPO above 0"),
-    (["--epochs", "0"], "--epochs 0"),
-    (["--batch-size", "3"], "multiple"),
-    (["--batch-size", "400"], "--batch-size (400)"),
-    (["--algorithm", "ddpo-sf"], "one update an epoch"),
-    (["--guidance", "nan"], "--guidance nan"),
-    (["--updates", "5"], "--updates 5: ddpo-is takes each picture once"),
-    (["--algorithm", "rwr", "--updates", "0"], "--updates 0"),
-    (["--algorithm", "rwr-sparse", "--percentile", "1.5"], "--percentile 1.5"),
-    (["--seed", "-1"], "--seed -1"),
-    (["--min-count", "40"], "--min-count 40"),
-    (["--prompts", "nowhere.txt"], "nowhere.txt"),
-    (["--model", "nowhere/nothing"], "nowhere/nothing"),
-    (["--device", "tpu9"], "--device tpu9"),
-    (["--steps", "2000"], "steps = 2000"),
-    (["--resume"], "--resume needs --out"),
-])
-def test_bad_input_ends_in_one_line_that_names_it(arguments, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as end:
-        train.main([*TINY, *arguments])
-    assert words in str(end.value) and "\n" not in str(end.value)
 
 
 def test_a_finished_run_is_left_as_it_is(whole_run):
     before = (whole_run / "metrics.jsonl").read_bytes()
-    with pytest.raises(SystemExit, match="2 epochs behind it already"):
-        train.main(["--out", str(whole_run), "--resume"])
+    assert "--epochs 2: the run in " in refusal(resume, whole_run)
     assert (whole_run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_broken_checkpoint_is_named(whole_run, tmp_path):
+@pytest.mark.parametrize("what", ["optimizer.safetensors", WEIGHTS, "state.json"])
+def test_a_broken_checkpoint_is_named(what, whole_run, tmp_path):
     folder = shutil.copytree(whole_run, tmp_path / "broken")
-    path = folder / "checkpoints" / "000002" / "optimizer.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(SystemExit, match="000002 cannot be read .* delete it"):
-        train.main(["--out", str(folder), "--resume", "--epochs", "3"])
+    path = folder / "checkpoints" / "000002" / what
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    line = refusal(resume, folder, "--epochs", "3")
+    assert "000002 cannot be read (" in line and "delete it" in line
+    shutil.rmtree(folder / "checkpoints" / "000002")
+    resume(folder)  # as the line says
+    assert without_seconds(metrics(folder)) == without_seconds(metrics(whole_run))
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(whole_run, tmp_path, monkeypatch):
-    folder = shutil.copytree(whole_run, tmp_path / "nan")
-    monkeypatch.setattr(train.ddpo, "normalize_advantages", lambda rewards, mean, std: rewards * float("nan"))
-    with pytest.raises(SystemExit, match="epoch 2: not all metrics are finite .* --resume from .*000002"):
-        train.main(["--out", str(folder), "--resume", "--epochs", "3"])
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["000001", "000002"]
-    assert metrics(folder)[-1]["warnings"] == ["not finite"] and metrics(folder)[-1]["grad_norm"] is None
-    assert "NaN" not in (folder / "metrics.jsonl").read_text()
-    monkeypatch.undo()
-    train.main(["--out", str(folder), "--resume", "--epochs", "3", "--lr", "1e-5"])                # as the line says
-    assert [line["warnings"] for line in metrics(folder)] == [[], [], []]
+def test_a_checkpoint_of_another_version_is_named(whole_run, tmp_path):
+    folder = shutil.copytree(whole_run, tmp_path / "old")
+    path = folder / "checkpoints" / "000002" / "state.json"
+    path.write_text('{"epoch": 2, "statistics": {}, "scaler": {}}')
+    assert "000002 cannot be read" in refusal(resume, folder, "--epochs", "3")
 
 
-def test_a_reward_must_give_a_number_for_each_picture():
-    def broken(images, prompts):
-        return [float("nan")] * len(prompts)
-    with pytest.raises(ValueError, match="reward broken must give one finite number"):
-        train.checked(broken, None, ["a", "b"])
-    with pytest.raises(ValueError, match="for each of 2 pictures"):
-        train.checked(lambda images, prompts: [1.0], None, ["a", "b"])
+def test_a_run_from_before_there_were_some_settings_goes_on(whole_run, tmp_path):
+    folder = shutil.copytree(whole_run, tmp_path / "old")
+    settings, new = settings_of(folder), ("precision", "grad_checkpointing", "lora_rank", "set")
+    older = {name: value for name, value in settings.items() if name not in new}
+    (folder / "config.json").write_text(json.dumps(older))
+    resume(folder, "--epochs", "3")
+    assert len(metrics(folder)) == 3
+    assert settings_of(folder) == {**settings, "epochs": 3, "resume": True, "out": str(folder)}
+
+
+@pytest.mark.parametrize("text", ['{"epochs": 2, "w": 1}', "[]", "{", "\xff"])
+def test_what_is_no_config_of_a_run_is_named(text, tmp_path):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    assert f"{tmp_path}/config.json" in refusal(resume, tmp_path)
+
+
+def test_resume_needs_a_run(tmp_path):
+    assert "holds no config.json" in refusal(resume, tmp_path)
 
 
 def test_resume_may_save_memory(whole_run, tmp_path):
     folder = shutil.copytree(whole_run, tmp_path / "saving")
-    train.main(["--out", str(folder), "--resume", "--epochs", "3", "--micro-batch", "1", "--sample-batch", "2", "--grad-checkpointing"])
-    assert len(metrics(folder)) == 3 and json.loads((folder / "config.json").read_text())["grad_checkpointing"]
+    less = ["--micro-batch", "1", "--sample-batch", "2", "--grad-checkpointing"]
+    resume(folder, "--epochs", "3", *less)
+    assert len(metrics(folder)) == 3
+    assert settings_of(folder)["grad_checkpointing"]
 
 
-@pytest.mark.parametrize("options", [["--lora-rank", "2"], ["--precision", "bf16"]])
-def test_resume_refuses_to_train_something_else(whole_run, options):
-    with pytest.raises(SystemExit, match=f"leave out {options[0]}"):
-        train.main(["--out", str(whole_run), "--resume", "--epochs", "3", *options])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--lora-rank", "2"],
+        ["--precision", "bf16"],
+        ["--guidance", "0.5"],
+        ["--algorithm", "ddpo-sf"],
+        ["--reward", "incompressibility"],
+        ["--seed", "1"],
+        ["--set", "x=1"],
+    ],
+)
+def test_resume_refuses_to_train_something_else(options, whole_run):
+    line = refusal(resume, whole_run, "--epochs", "3", *options)
+    assert line.endswith(f"leave out {options[0]}")
 
 
-def test_a_run_from_before_there_was_a_scaler_goes_on(whole_run, tmp_path):
-    folder = shutil.copytree(whole_run, tmp_path / "old")
-    for path, new in ((folder / "config.json", ("precision", "grad_checkpointing", "lora_rank")), (folder / "checkpoints" / "000002" / "state.json", ("scaler",))):
-        path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name not in new}))
-    train.main(["--out", str(folder), "--resume", "--epochs", "3"])
+def test_resume_takes_the_same_settings_again(whole_run, tmp_path):
+    folder = shutil.copytree(whole_run, tmp_path / "again")
+    resume(folder, *tiny("--epochs", "3"))
     assert len(metrics(folder)) == 3
 
 
+# Refusals
+
+
+BAD = [
+    ("--eta 0", "--eta 0: a step without noise has no policy gradient"),
+    ("--eta 1.5", "--eta 1.5: at most 1"),
+    ("--epochs 0", "--epochs 0: must be finite and above 0"),
+    ("--batch-size 3", "--samples-per-epoch 4 must be a multiple of --batch-size 3"),
+    ("--batch-size 400", "--batch-size 400"),
+    ("--samples-per-prompt 3", "multiple of --samples-per-prompt (3)"),
+    ("--algorithm ddpo-sf", "--batch-size 2: ddpo-sf takes one update an epoch"),
+    ("--algorithm ppo", "--algorithm ppo: neither one of ddpo-is"),
+    ("--guidance nan", "--guidance nan: must be finite and at least 0"),
+    ("--lr inf", "--lr inf"),
+    ("--updates 5", "--updates 5: each picture is taken once, 2 updates"),
+    ("--algorithm rwr --updates 0", "--updates 0"),
+    ("--algorithm rwr-sparse --percentile 1.5", "--percentile 1.5"),
+    ("--seed -1", "--seed -1: must be finite and at least 0"),
+    ("--eval-samples 1", "--eval-samples 1: must be finite and at least 2"),
+    ("--min-count 40", "--min-count 40 is more than --history-size 32"),
+    ("--prompts nowhere.txt", "--prompts nowhere.txt"),
+    ("--model nowhere/nothing", "--model nowhere/nothing"),
+    ("--device tpu9", "--device tpu9"),
+    ("--precision fp8", "--precision fp8: fp32, bf16 or fp16"),
+    ("--steps 2000", "--steps 2000: between 1 and 1000"),
+    ("--resume", "--resume needs --out"),
+    ("--metrics compressibility,nowhere.py:f", "nowhere.py:f"),
+    ("--metrics incompressibility,incompressibility", "names must differ"),
+    ("--set x", "--set x: DDPO knows advantage_limit"),
+    ("--set limit=3", "--set limit=3: DDPO knows advantage_limit"),
+    ("--set advantage_limit=high", "--set advantage_limit=high: must be of type float"),
+    ("--set defaults=3", "--set defaults=3: DDPO knows advantage_limit"),
+    ("--algorithm nowhere.py:X", "--algorithm nowhere.py:X"),
+]
+
+
+@pytest.mark.parametrize("options, words", BAD, ids=[options for options, _ in BAD])
+def test_bad_input_ends_in_one_line_that_names_it(options, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert words in refusal(train.main, tiny(*options.split()))
+    assert not list(tmp_path.iterdir())
+
+
+HUB = [
+    ("--model CompVis/stable-diffusion-v1-4", "hf download CompVis/stable-diffusion-v1-4"),
+    ("--clip openai/clip-vit-large-patch14", "hf download openai/clip-vit-large-patch14"),
+    ("--aesthetic-head trl-lib/ddpo-aesthetic-predictor", "hf download trl-lib/ddpo-aesthetic"),
+    ("--reward alignment --vlm llava-hf/llava-1.5-7b-hf", "hf download llava-hf/llava-1.5-7b-hf"),
+    ("--reward alignment --bert microsoft/deberta-xlarge-mnli", "hf download microsoft/deberta"),
+    ("--reward aestetic", "--reward aestetic: neither"),
+    ("--reward-device tpu9", "--reward-device tpu9"),
+]
+
+
+@pytest.mark.parametrize("options, words", HUB, ids=[options for options, _ in HUB])
+def test_what_is_missing_offline_is_named_with_the_way_to_get_it(
+    options, words, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    line = refusal(train.main, tiny("--reward", "aesthetic", *options.split()))
+    assert words in line and options.split()[-2] in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_several_processes_cannot_share_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.ddpo, "processes", lambda: (0, 3))
+    def three():
+        return 0, 3
+
+    monkeypatch.setattr(ddpo, "processes", three)
     settings = {"samples_per_epoch": 9, "batch_size": 3, "eval_samples": 6}
-    assert train.resolve(settings, tmp_path).updates == 3
-    for name, value in (("samples_per_epoch", 8), ("batch_size", 4), ("eval_samples", 9)):           # two pictures a prompt: of 9 only 8 are drawn
-        with pytest.raises(ValueError, match="multiples of the number of processes, 3"):
-            train.resolve({**settings, name: value}, tmp_path)
+    assert resolve(settings, tmp_path).updates == 3
+    rwr = {**settings, "algorithm": "rwr", "updates": 2}
+    assert resolve(rwr, tmp_path).updates == 2
+    # two pictures a prompt: of 9 only 8 are drawn
+    for changes in ({"samples_per_epoch": 8}, {"batch_size": 4}, {"eval_samples": 9}):
+        with pytest.raises(UserError, match="multiples of the number of processes, 3"):
+            resolve({**rwr, **changes}, tmp_path)
+
+
+def test_a_reward_without_a_number_for_each_picture_ends_in_one_line(tmp_path):
+    (tmp_path / "mine.py").write_text("def bad(images, prompts):\n    return [float('nan')] * 4\n")
+    line = refusal(run, tmp_path / "run", "--reward", f"{tmp_path}/mine.py:bad")
+    assert "reward bad must give one finite number for each of 4 pictures" in line
+
+
+def failing_epoch(monkeypatch, error):
+    """Let the first epoch fail."""
+
+    def fail(run, epoch):
+        raise error
+
+    monkeypatch.setattr(train, "one_epoch", fail)
 
 
 def test_out_of_memory_is_one_line_that_says_what_to_try(tmp_path, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
-    monkeypatch.setattr(train, "one_epoch", full)
-    with pytest.raises(SystemExit, match="train.py: CUDA out of memory. Tried to allocate 2 GiB; try --precision bf16, --grad-checkpointing") as end:
-        train.main([*TINY, "--out", str(tmp_path)])
-    assert "\n" not in str(end.value)
+    error = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+    failing_epoch(monkeypatch, error)
+    line = refusal(run, tmp_path)
+    assert line.startswith("train.py: CUDA out of memory. Tried to allocate 2 GiB; try --precision")
+    for option in ("--grad-checkpointing", "--lora-rank", "--micro-batch", "--sample-batch"):
+        assert option in line
 
 
-def test_resume_refuses_other_settings(whole_run):
-    with pytest.raises(SystemExit) as end:
-        train.main(["--out", str(whole_run), "--resume", "--guidance", "0.5"])
-    assert "leave out --guidance" in str(end.value)
+def test_a_job_queues_signal_is_as_ctrl_c(tmp_path, monkeypatch):
+    def terminated(run, epoch):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "one_epoch", terminated)
+    assert refusal(run, tmp_path).startswith("train.py: stopped; ")
+
+
+def test_debug_shows_where_a_refusal_comes_from(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--eta 1.5"):
+        run(tmp_path, "--eta", "1.5", "--debug")
+    failing_epoch(monkeypatch, torch.OutOfMemoryError("too much"))
+    with pytest.raises(torch.OutOfMemoryError):
+        run(tmp_path, "--debug")
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, ValueError, OSError, RuntimeError])
+@pytest.mark.parametrize("beside", [False, True], ids=["after sampling", "beside sampling"])
+def test_a_users_own_mistake_keeps_its_traceback(error, beside, tmp_path, monkeypatch):
+    """Only what train.py itself refuses is one line; this names the file and the line at fault."""
+    file = tmp_path / "mine.py"
+    file.write_text(f"def mine(images, prompts):\n    raise {error.__name__}('soon')\n")
+    if beside:
+        choose = train.choose_device
+
+        def elsewhere(name, option="--device"):
+            device = choose(name, option)
+            return torch.device("cpu:0") if option == "--reward-device" else device
+
+        monkeypatch.setattr(train, "choose_device", elsewhere)
+        file.write_text(
+            "calls = []\ndef mine(images, prompts):\n    calls.append(0)\n    if len(calls) == 2:\n"
+            f"        raise {error.__name__}('soon')\n    return [1.0] * 4\n"
+        )
+    with pytest.raises(error, match="soon") as caught:
+        run(tmp_path / "run", "--reward", f"{file}:mine")
+    last = traceback.extract_tb(caught.tb)[-1]
+    assert (last.filename, last.name) == (str(file), "mine")
+    assert last.line == f"raise {error.__name__}('soon')"
+
+
+def full_disk(monkeypatch, owner, method, name, error=OSError):
+    """Writing the file called so fails, as on a full disk."""
+    real = getattr(owner, method)
+
+    def fail(*arguments, **options):
+        paths = [argument for argument in arguments if isinstance(argument, (str, Path))]
+        if any(Path(path).name.startswith(name) for path in paths):
+            raise error("No space left on device")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, method, fail)
+
+
+PLACES = [
+    (Path, "write_text", "config.json"),
+    (Path, "write_text", "metrics.jsonl"),
+    (Path, "write_text", "state.json"),
+    (Path, "mkdir", "samples"),
+    (Path, "mkdir", "000001"),
+    (Image.Image, "save", "epoch_0000.png"),
+    (unet, "save_file", "optimizer.safetensors", SafetensorError),
+    (os, "replace", "000001.tmp"),
+]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=[place[2] for place in PLACES])
+def test_a_full_disk_ends_in_one_line(place, tmp_path, monkeypatch):
+    full_disk(monkeypatch, *place)
+    line = refusal(run, tmp_path / "run")
+    assert f"{tmp_path}/run" in line and "cannot be written: No space left" in line
+
+
+def test_a_curve_that_cannot_be_written_ends_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "draw_curve", CURVE)
+    full_disk(monkeypatch, train.Figure, "savefig", "reward.png")
+    line = refusal(run, tmp_path / "run", "--epochs", "1")
+    assert f"{tmp_path}/run/reward.png cannot be written: " in line
+
+
+def test_a_folder_that_cannot_be_made_ends_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert f"{tmp_path}/file/run cannot be written" in refusal(run, tmp_path / "file" / "run")
+
+
+# Settings
 
 
 def test_settings_come_from_the_command_line_then_the_model_then_the_paper(tmp_path):
-    (tmp_path / "ddpo.json").write_text(json.dumps({"all": {"steps": 20, "lr": 0.1}, "rwr": {"lr": 0.4}, "incompressibility": {"lr": 0.3}}))
-    assert train.resolve({}, tmp_path / "elsewhere").lr == 1e-5
-    assert train.resolve({}, tmp_path / "elsewhere").batch_size == 64
-    assert train.resolve({"algorithm": "ddpo-sf"}, tmp_path / "elsewhere").batch_size == 256
-    assert (train.resolve({}, tmp_path).steps, train.resolve({}, tmp_path).lr) == (20, 0.1)
-    assert train.resolve({"reward": "incompressibility"}, tmp_path).lr == 0.3
-    assert train.resolve({"reward": "incompressibility", "algorithm": "rwr"}, tmp_path).lr == 0.4
-    assert train.resolve({"reward": "incompressibility", "algorithm": "rwr", "lr": 0.5}, tmp_path).lr == 0.5
+    rewards = {"incompressibility": {"lr": 0.3}}
+    own = {"all": {"steps": 20, "lr": 0.1}, "rwr": {"lr": 0.4}, **rewards}
+    (tmp_path / "ddpo.json").write_text(json.dumps(own))
+    nowhere = tmp_path / "elsewhere"
+    assert resolve({}, nowhere).lr == 1e-5
+    assert resolve({}, nowhere).batch_size == 64
+    assert resolve({"algorithm": "ddpo-sf"}, nowhere).batch_size == 256
+    assert (resolve({}, tmp_path).steps, resolve({}, tmp_path).lr) == (20, 0.1)
+    given = {"reward": "incompressibility"}
+    assert resolve(given, tmp_path).lr == 0.3
+    given["algorithm"] = "rwr"
+    assert resolve(given, tmp_path).lr == 0.4
+    given["lr"] = 0.5
+    assert resolve(given, tmp_path).lr == 0.5
 
 
-@pytest.mark.parametrize("text", ['{', '[]', '{"all": 3}', '{"al": {}}', '{"all": {"stepz": 20}}', '{"all": {"steps": "20"}}', '{"all": {"epochs": 2.5}}',
-                                  '{"all": {"algorithm": "ddpo-sf"}}', '{"all": {"precision": "fp8"}}', '{"all": {"lora_rank": 4}}', '{"all": {"batch_size": null}}', '{"all": {"out": "/"}}'])
+BROKEN = [
+    "{",
+    "[]",
+    '{"all": 3}',
+    '{"al": {}}',
+    '{"all": {"stepz": 20}}',
+    '{"all": {"steps": "20"}}',
+    '{"all": {"steps": true}}',
+    '{"all": {"epochs": 2.5}}',
+    '{"all": {"algorithm": "ddpo-sf"}}',
+    '{"all": {"precision": "fp8"}}',
+    '{"all": {"lora_rank": 4}}',
+    '{"all": {"batch_size": null}}',
+    '{"all": {"out": "/"}}',
+    '{"all": {"set": ["advantage_limit=3"]}}',
+    '{"rwr": {"lr": "fast"}}',
+]
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_a_broken_ddpo_json_is_named(text, tmp_path):
     (tmp_path / "ddpo.json").write_text(text)
-    with pytest.raises(ValueError, match="ddpo.json") as caught:
-        train.resolve({}, tmp_path)
+    with pytest.raises(UserError, match="ddpo.json") as caught:
+        resolve({}, tmp_path)
     assert "\n" not in str(caught.value)
-
-
-def test_the_zoo_has_settings_of_its_own_for_every_algorithm():
-    settings = {name: train.resolve({"model": "zoo", "reward": "compressibility", "algorithm": name}, train.ZOO) for name in train.ALGORITHMS}
-    for name, c in settings.items():
-        assert c.steps == 12 and c.samples_per_epoch <= 128 and c.warmup < c.updates * c.epochs and c.updates * c.epochs <= 120, name
-    assert settings["rwr"].beta == 5 and settings["ddpo-sf"].updates == 1
-
-
-def test_paper_defaults_are_table_d5():
-    for algorithm, samples, batch, updates in (("ddpo-is", 256, 64, 4), ("ddpo-sf", 256, 256, 1), ("rwr", 10_000, 128, 400), ("rwr-sparse", 10_000, 128, 400)):
-        config = train.resolve({"algorithm": algorithm}, train.Path("nowhere"))
-        assert (config.samples_per_epoch, config.batch_size, config.updates) == (samples, batch, updates)
-    assert (config.beta, config.percentile, config.no_cfg_training) == (0.2, 0.9, False)
-    config = train.resolve({}, train.Path("nowhere"))
-    assert (config.steps, config.guidance, config.eta, config.samples_per_epoch, config.batch_size) == (50, 5.0, 1.0, 256, 64)
-    assert (config.lr, config.weight_decay, config.max_grad_norm, config.clip_range) == (1e-5, 1e-4, 1.0, 1e-4)
-
-
-def test_the_reward_of_a_server_is_taken_beside_sampling_and_shown(server, minilm, tmp_path):
-    """With --vlm-url each batch goes to the server as soon as it is drawn; scores and descriptions keep the pictures' order."""
-    arguments = [*TINY, "--reward", "alignment", "--vlm-url", server.url, "--bert", minilm, "--bert-layer", "5", "--sample-batch", "2", "--prompts", "common-animals"]
-    train.main([*arguments, "--out", str(tmp_path / "run")])
-    lines = [json.loads(line) for line in (tmp_path / "run" / "descriptions.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [0] * 4 + [1] * 4
-    assert {line["description"] for line in lines} == {"64 pixels of JPEG"}
-    score = train.make_reward("alignment", train.Config(vlm_url=server.url, bert=minilm, bert_layer=5), "cpu")
-    expected = score(np.zeros((4, 64, 64, 3), np.uint8), [line["prompt"] for line in lines[:4]])[0]
-    assert [line["score"] for line in lines[:4]] == pytest.approx(expected.tolist(), abs=1e-5)
-    assert metrics(tmp_path / "run")[0]["reward_mean"] == pytest.approx(expected.mean(), abs=1e-5)
-
-
-def test_a_server_that_stays_away_stops_the_run_and_leaves_the_checkpoint(server, minilm, tmp_path, monkeypatch):
-    arguments = [*TINY, "--reward", "alignment", "--vlm-url", server.url, "--bert", minilm, "--bert-layer", "5", "--out", str(tmp_path)]
-    real = train.ddpo.learn
-
-    def dying(*arguments, name, **settings):
-        server.then = 500 if name[1] == 1 else "well"
-        return real(*arguments, name=name, **settings)
-
-    monkeypatch.setattr(train.ddpo, "learn", dying)            # the server dies between the second epoch's update and its evaluation
-    with pytest.raises(SystemExit, match="HTTP 500"):
-        train.main(arguments)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000001"]
-    server.then = "well"
-    monkeypatch.undo()
-    train.main(["--out", str(tmp_path), "--resume"])
-    assert [line["epoch"] for line in metrics(tmp_path)] == [0, 1]
-    assert len((tmp_path / "descriptions.jsonl").read_text().splitlines()) == 8
-
-
-def test_every_run_watches_the_other_rewards_and_the_diversity(whole_run):
-    line = metrics(whole_run)[0]
-    record = json.loads((whole_run / "samples" / "epoch_0000.json").read_text())
-    for name in ("truth", "judged_right"):
-        assert line[f"eval_{name}_mean"] == pytest.approx(np.mean(record[name])) and len(record[name]) == 4
-    assert 0 < line["diversity"] < 1 and 0 < line["eval_diversity"] < 1
-    assert record["prompts"][:2] == record["prompts"][2:]
-
-
-def test_a_users_own_function_is_trained_on(tmp_path):
-    (tmp_path / "mine.py").write_text("def redness(images, prompts):\n    return images[..., 0].mean((1, 2)) - images[..., 1:].mean((1, 2, 3))\n")
-    train.main([*TINY, "--reward", f"{tmp_path}/mine.py:redness", "--epochs", "1", "--out", str(tmp_path / "run")])
-    assert np.isfinite(metrics(tmp_path / "run")[0]["eval_reward_mean"])
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (["--model", "CompVis/stable-diffusion-v1-4"], "--model CompVis/stable-diffusion-v1-4.*hf download CompVis"),
-    (["--clip", "openai/clip-vit-large-patch14"], "--clip openai/clip.*hf download openai"),
-    (["--aesthetic-head", "trl-lib/ddpo-aesthetic-predictor"], "--aesthetic-head trl-lib.*hf download trl-lib"),
-    (["--reward", "alignment", "--vlm", "llava-hf/llava-1.5-7b-hf"], "--vlm llava-hf.*hf download llava-hf"),
-    (["--reward", "alignment", "--bert", "microsoft/deberta-xlarge-mnli"], "--bert microsoft.*hf download microsoft"),
-    (["--reward", "aestetic"], "--reward aestetic: neither one of compressibility"),
-    (["--metrics", "compressibility,nowhere.py:f"], "nowhere.py:f"),
-    (["--reward-device", "tpu9"], "--reward-device tpu9"),
-])
-def test_what_is_missing_offline_is_named_with_the_way_to_get_it(arguments, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=words) as end:
-        train.main([*TINY, "--reward", "aesthetic", *arguments])
-    assert "\n" not in str(end.value) and not list(tmp_path.iterdir())
 
 
 def test_a_models_settings_may_run_no_code_of_their_own(tmp_path):
     for spec in ("../evil.py:f", "evil.py:f", "/tmp/evil.py:f", "compressibility,../../evil.py:f"):
         (tmp_path / "ddpo.json").write_text(json.dumps({"all": {"metrics": spec}}))
-        with pytest.raises(ValueError, match="may run no code"):
-            train.resolve({}, tmp_path)
+        with pytest.raises(UserError, match="may run no code"):
+            resolve({}, tmp_path)
+        assert resolve({"metrics": ""}, tmp_path).metrics == ""
+
+
+def test_the_zoo_has_settings_of_its_own_for_every_algorithm():
+    given = {"model": "zoo", "reward": "compressibility"}
+    settings = {name: resolve({**given, "algorithm": name}, train.ZOO) for name in ddpo.ALGORITHMS}
+    for name, c in settings.items():
+        assert c.steps == 12 and c.samples_per_epoch <= 128, name
+        assert c.warmup < c.updates * c.epochs <= 120, name
+    assert settings["rwr"].beta == 5 and settings["ddpo-sf"].updates == 1
+
+
+PAPER = {  # App. D.5: samples an epoch, batch size, updates an epoch
+    "ddpo-is": (256, 64, 4),
+    "ddpo-sf": (256, 256, 1),
+    "rwr": (10_000, 128, 400),
+    "rwr-sparse": (10_000, 128, 400),
+}
+
+
+def test_paper_defaults_are_those_of_app_d5():
+    nowhere = Path("nowhere")
+    for name, expected in PAPER.items():
+        c = resolve({"algorithm": name}, nowhere)
+        assert (c.samples_per_epoch, c.batch_size, c.updates) == expected
+    c = resolve({}, nowhere)
+    assert (c.beta, c.percentile, c.no_cfg_training) == (0.2, 0.9, False)
+    assert (c.steps, c.guidance, c.eta) == (50, 5.0, 1.0)
+    assert (c.lr, c.weight_decay, c.max_grad_norm, c.clip_range) == (1e-5, 1e-4, 1.0, 1e-4)
+    assert (c.warmup, c.samples_per_prompt) == (0, 1)
+    sets = {"aesthetic": "common-animals", "alignment": "animal-activities"}
+    sets.update(dict.fromkeys(["compressibility", "incompressibility"], "imagenet-animals"))
+    for reward, prompts in sets.items():
+        assert resolve({"reward": reward}, nowhere).prompts == prompts
+
+
+def test_paths_in_a_models_settings_are_relative_to_its_folder(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "ddpo.json").write_text('{"all": {"prompts": "../p.txt", "clip": "../clip"}}')
+    config = train.placed(resolve({}, folder), folder)
+    assert config.prompts == str(tmp_path / "p.txt") and config.clip == str(tmp_path / "clip")
+    zoo = train.placed(resolve({"model": "zoo"}, train.ZOO), train.ZOO)
+    truth = str(train.ZOO.parent / "raters.py:truth")
+    assert zoo.metrics.split(",")[:3] == ["compressibility", "aesthetic", truth]
+
+
+def test_paths_on_the_command_line_are_relative_to_where_it_is_typed(tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("a dog\n")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    folder = run(tmp_path / "run", "--prompts", "../mine.txt", "--epochs", "1")
+    assert set(sampled(folder, 0)["prompts"]) == {"a dog"}
+    resume(folder, "--epochs", "2")
+    assert set(sampled(folder, 2)["prompts"]) == {"a dog"}
+
+
+def test_every_option_has_one_line_of_help(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(train.Config):
+        assert field.metadata["help"], field.name
+        assert f"--{field.name.replace('_', '-')}" in text
+    for heading in train.HEADINGS.values():
+        assert f"{heading}:" in text
+
+
+def test_auto_is_the_zoo_without_a_gpu_and_says_so(capsys):
+    assert train.choose_model({}, torch.device("cpu")) == ("zoo", train.ZOO)
+    assert "model: zoo, since there is no CUDA GPU" in capsys.readouterr().out
+    assert train.choose_model({"model": "zoo"}, torch.device("cpu")) == ("zoo", train.ZOO)
+    assert capsys.readouterr().out == ""
+
+
+# The user's own code
+
+
+def test_a_users_own_function_is_trained_on(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def redness(images, prompts):\n"
+        "    return images[..., 0].mean((1, 2)) - images[..., 1:].mean((1, 2, 3))\n"
+    )
+    options = ["--reward", f"{tmp_path}/mine.py:redness", "--epochs", "1"]
+    folder = run(tmp_path / "run", *options, "--metrics", "compressibility")
+    grid = pictures(folder, 0).reshape(2, 32, 2, 32, 3).swapaxes(1, 2).reshape(4, 32, 32, 3)
+    expected = grid[..., 0].mean((1, 2)) - grid[..., 1:].mean((1, 2, 3))
+    assert sampled(folder, 0)["rewards"] == pytest.approx(expected.tolist())
+    assert metrics(folder)[0]["eval_reward_mean"] == pytest.approx(expected.mean())
+
+
+ALGORITHM = """
+import dataclasses
+import torch
+from ddpo import DDPO
+
+class Mine(DDPO):
+    \"\"\"All advantages times `strength`; counts its epochs; keeps a copy of the base.\"\"\"
+
+    strength = 2.0
+    times = 1
+    label = "x"
+    defaults = {"batch_size": 4, "lr": 0.125}
+
+    def setup(self, policy):
+        self.base = {name: p.clone() for name, p in policy.unet.state_dict().items()}
+        self.epochs = 0
+
+    def weights(self, prompts, rewards):
+        self.epochs += 1
+        return self.strength * super().weights(prompts, rewards)
+
+    def metrics(self, logged):
+        return {**super().metrics(logged), "epochs": torch.tensor(float(self.epochs))}
+
+    def state_dict(self):
+        return {**super().state_dict(), "epochs": self.epochs}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.epochs = state["epochs"]
+
+class Unguided(DDPO):
+    def __init__(self, settings):
+        super().__init__(dataclasses.replace(settings, guidance=1.0))
+
+class Tall(DDPO):
+    @classmethod
+    def settle(cls, settings, given):
+        super().settle(settings, given)
+        settings.updates = 7
+
+class Nothing:
+    defaults = {}
+    weights = None
+
+def function(settings):
+    pass
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    file = tmp_path / "plugin.py"
+    file.write_text(ALGORITHM)
+    return f"{file}:"
+
+
+def test_an_algorithm_may_come_from_a_file(mine, tmp_path, monkeypatch):
+    spy = Spy(monkeypatch)
+    own = ["--set", "strength=0.5", "--set", "times=3", "--set", "label=a=b"]
+    options = ["--algorithm", f"{mine}Mine", *own]
+    whole = run(tmp_path / "whole", *options)
+    algorithm = spy.calls[0][0]
+    assert (algorithm.strength, algorithm.times, algorithm.label) == (0.5, 3, "a=b")
+    assert type(algorithm).strength == 2.0
+    before = unet.load(unet.UNet, small_model() / "unet").state_dict()
+    assert equal(algorithm.base, before)
+    found = torch.cat([batch.advantages for _, batch, *_ in spy.calls]).abs()
+    assert found.max() < 1.2  # by the history, twice that would be the least of the greatest
+    assert [line["epochs"] for line in metrics(whole)] == [1, 2]
+    settings = settings_of(whole)
+    assert settings["algorithm"] == f"{mine}Mine" and settings["set"] == own[1::2]
+    cut = run(tmp_path / "cut", *options, "--epochs", "1")
+    resume(cut, "--epochs", "2")
+    assert without_seconds(metrics(cut)) == without_seconds(metrics(whole))
+    assert equal(weights(cut, 2), weights(whole, 2))
+    state = json.loads((cut / "checkpoints/000002/state.json").read_text())
+    assert state["algorithm"]["epochs"] == 2
+    assert "leave out --set" in refusal(resume, cut, "--epochs", "3", "--set", "strength=1")
+
+
+def test_an_algorithm_has_defaults_of_its_own_and_a_say_in_the_settings(mine, tmp_path):
+    c = resolve({"algorithm": f"{mine}Mine", "samples_per_epoch": 8}, tmp_path)
+    assert (c.batch_size, c.lr, c.updates) == (4, 0.125, 2)
+    c = resolve({"algorithm": f"{mine}Tall", "samples_per_epoch": 8, "batch_size": 8}, tmp_path)
+    assert c.updates == 7
+
+
+@pytest.mark.parametrize("name", ["Nothing", "function", "missing", "torch"])
+def test_what_is_no_algorithm_is_refused_in_one_line(name, mine):
+    assert f"--algorithm {mine}{name}: " in refusal(train.main, tiny("--algorithm", mine + name))
+
+
+def test_training_with_other_guidance_than_sampling_is_seen_by_the_ratio(mine, tmp_path, capsys):
+    folder = run(tmp_path / "run", "--algorithm", f"{mine}Unguided")
+    assert [line["warnings"] for line in metrics(folder)] == [["ratio"], ["ratio"]]
+    out = capsys.readouterr().out
+    assert out.count("warning (ratio)") == 1  # once, when it begins
+    assert out.count("warning (ratio), epoch 0: the ratio is off 1") == 1
+
+
+# A chat server
+
+
+def alignment(server, minilm):
+    server_options = ["--reward", "alignment", "--vlm-url", server.url]
+    return [*server_options, "--bert", minilm, "--bert-layer", "5"]
+
+
+def test_the_reward_of_a_server_is_taken_beside_sampling_and_shown(server, minilm, tmp_path):
+    """Each batch goes to the server once it is drawn; answers keep the pictures' order."""
+    options = ["--sample-batch", "2", "--prompts", "common-animals"]
+    folder = run(tmp_path / "run", *alignment(server, minilm), *options)
+    text = (folder / "descriptions.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["epoch"] for line in lines] == [0] * 4 + [1] * 4
+    assert {line["description"] for line in lines} == {"32 pixels of JPEG"}
+    settings = train.Config(vlm_url=server.url, bert=minilm, bert_layer=5)
+    score = make_reward("alignment", settings, "cpu")
+    prompts = [line["prompt"] for line in lines[:4]]
+    expected = score(np.zeros((4, 32, 32, 3), np.uint8), prompts)[0]
+    assert [line["score"] for line in lines[:4]] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert metrics(folder)[0]["reward_mean"] == pytest.approx(expected.mean(), abs=1e-5)
+
+
+def test_a_reward_beside_the_sampling_begins_before_the_sampling_ends(server, minilm, tmp_path):
+    """And eight descriptions at most are kept of an epoch."""
+    numbers = "--samples-per-epoch 20 --batch-size 20 --sample-batch 2 --epochs 1 --micro-batch 60"
+    options = [*alignment(server, minilm), *numbers.split()]
+    prepared = train.prepare(train.parse(tiny("--out", str(tmp_path), *options)))
+    prompts, asked = train.prompts_of_epoch(prepared, 0), []
+    for _, images in train.draw(prepared, prompts, 0, ""):
+        asked.append(len(images))
+    assert asked == [2] * 10 and prepared.beside is not None
+    run(tmp_path / "run", *options)
+    lines = (tmp_path / "run" / "descriptions.jsonl").read_text().splitlines()
+    assert len(lines) == 7  # every third of 20
+
+
+def test_a_server_that_stays_away_stops_the_run_and_leaves_the_checkpoint(
+    server, minilm, tmp_path, monkeypatch
+):
+    """It dies between the second epoch's update and its evaluation."""
+    real = train.train_epoch
+
+    def dying(run, records, prompts, weights, epoch):
+        server.then = 500 if epoch == 1 else "well"
+        return real(run, records, prompts, weights, epoch)
+
+    monkeypatch.setattr(train, "train_epoch", dying)
+    folder = tmp_path / "run"
+    assert "HTTP 500" in refusal(run, folder, *alignment(server, minilm))
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["000001"]
+    server.then = "well"
+    monkeypatch.setattr(train, "train_epoch", real)
+    resume(folder)
+    assert [line["epoch"] for line in metrics(folder)] == [0, 1]
+    assert len((folder / "descriptions.jsonl").read_text().splitlines()) == 8
