@@ -9,15 +9,6 @@ a regression on CLIP's embeddings, what a vision-language model says, or a funct
     def redness(images, prompts):
         return images[..., 0].mean((1, 2)) - images[..., 1:].mean((1, 2, 3))
 
-In reading order:
-
-    incompressibility, compressibility        Sec. 5.1
-    ClipEmbedder, AestheticHead, aesthetic    Sec. 5.2
-    Llava, ChatServer                         Sec. 5.3: what the picture shows, in words
-    bert_score, BertScore, alignment          Sec. 5.3: how well these words cover the prompt
-    diversity                                 not a reward: what to watch beside one
-    REWARDS, make_reward, checked             by name, or from a file; asked, and the answer checked
-
 What the text leaves open is the authors' code's: JPEG quality 95, sizes in kB of 1000 bytes, which
 LAION predictor (sac+logos+ava1-l14-linearMSE) on which CLIP (ViT-L/14), BERTScore by DeBERTa (layer
 40, no idf, no rescaling), pictures sent to LLaVA as JPEGs of quality 80. Deviations:
@@ -27,8 +18,7 @@ LAION predictor (sac+logos+ava1-l14-linearMSE) on which CLIP (ViT-L/14), BERTSco
     bare prompt                    has "The image contains ..."
     "washing dishes"               the paper's text; the code   45 prompts of 135 differ
                                    has "washing the dishes"
-    pixels are rounded to uint8    the nearest colour; the JAX  0.012 kB of 76
-                                   code truncates
+    pixels are rounded to uint8    the JAX code truncates       0.012 kB of 76
     CLIP sees pixels scaled once   their JAX code scales twice  other aesthetic scores than theirs
     LLaVA 1.5 7B; at least two     it fits one GPU; small       other descriptions than their 13B's
     tokens an answer               models may say nothing
@@ -41,11 +31,13 @@ import base64
 import importlib.util
 import io
 import os
+import random
 import sys
 import threading
 import traceback
 from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache, partial
 from numbers import Real
 from pathlib import Path
@@ -53,21 +45,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from huggingface_hub import InferenceClient, get_session
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from torch.backends import cudnn
 
 from scheduler import UserError, require
-from unet import loading, locate
-
-
-def one_line(error):
-    """An exception as one line: its type and the beginning of what it says."""
-    return " ".join([f"{type(error).__name__}:", *str(error).split()])[:200]
-
-
-# Sec. 5.1: compressibility and incompressibility
+from unet import loading, locate, one_line
 
 
 def jpeg(image, quality):
@@ -78,38 +64,30 @@ def jpeg(image, quality):
 
 
 def incompressibility(images, prompts):
-    """Size as a JPEG of quality 95, in kB of 1000 bytes. uint8 (B, H, W, 3) -> (B,)."""
+    """Sec. 5.1: size as a JPEG of quality 95, in kB of 1000 bytes. uint8 (B, H, W, 3) -> (B,)."""
     return np.array([len(jpeg(image, 95)) / 1000 for image in images])
 
 
 def compressibility(images, prompts):
-    """Minus the size as a JPEG of quality 95, in kB. uint8 (B, H, W, 3) -> (B,)."""
+    """Sec. 5.1: minus the size as a JPEG of quality 95, in kB. uint8 (B, H, W, 3) -> (B,)."""
     return -incompressibility(images, prompts)
-
-
-# Sec. 5.2: aesthetic quality
 
 
 class ClipEmbedder:
     """CLIP's image embeddings, of length 1. uint8 (B, H, W, 3) -> float32 (B, d) on the CPU."""
 
-    batch = 64
-
     def __init__(self, name, device):
-        from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
-
-        needed = ["config.json", "preprocessor_config.json", "model.safetensors"]
-        folder = locate(name, "--clip", needed)
-        self.processor = loading("--clip", name, CLIPImageProcessor, folder)
-        net = loading("--clip", name, CLIPVisionModelWithProjection, folder, dtype=torch.float32)
-        self.net = net.to(device)
-        self.d = net.config.projection_dim
+        files = ["config.json", "preprocessor_config.json", "model.safetensors"]
+        folder = locate(name, "--clip", files)
+        self.processor = loading("--clip", name, transformers.CLIPImageProcessor, folder)
+        cls = transformers.CLIPVisionModelWithProjection
+        self.net = loading("--clip", name, cls, folder, dtype=torch.float32).to(device)
 
     @torch.no_grad()
     def __call__(self, images):
         parts = []
-        for start in range(0, len(images), self.batch):
-            pictures = [Image.fromarray(image) for image in images[start : start + self.batch]]
+        for start in range(0, len(images), 64):
+            pictures = [Image.fromarray(image) for image in images[start : start + 64]]
             pixels = self.processor(images=pictures, return_tensors="pt").pixel_values
             embeds = self.net(pixel_values=pixels.to(self.net.device)).image_embeds
             parts.append(F.normalize(embeds, dim=1).cpu())
@@ -120,7 +98,7 @@ clip_embedder = cache(ClipEmbedder)  # shared by the aesthetic reward and the di
 
 
 class AestheticHead(nn.Module):
-    """LAION's aesthetic predictor: linear layers with dropout, and nothing else, between them.
+    """LAION's predictor, Sec. 5.2: linear layers with dropout, and nothing else, between them.
 
     CLIP embeddings of length 1, (B, d) -> scores (B,), about 1 to 10.
     """
@@ -149,34 +127,28 @@ def load_head(name):
     """
     path = Path(name)
     if not path.is_file():
-        known = ["model.safetensors", "aesthetic-model.pth"]
-        folder = locate(name, "--aesthetic-head", known)
-        found = [folder / known_name for known_name in known if (folder / known_name).is_file()]
-        require(found, f"--aesthetic-head {name}: holds neither {known[0]} nor {known[1]}")
-        path = found[0]
+        folder = locate(name, "--aesthetic-head", ["model.safetensors", "aesthetic-model.pth"])
+        path = folder / "model.safetensors"
+        path = path if path.is_file() else folder / "aesthetic-model.pth"
     try:
         if path.suffix == ".safetensors":
             weights = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
         head = AestheticHead(weights["layers.0.weight"].shape[1])
-        weights = {key: tensor.float() for key, tensor in weights.items()}
-        head.load_state_dict(weights, strict=True)
+        head.load_state_dict({key: tensor.float() for key, tensor in weights.items()}, strict=True)
     except Exception as error:  # a file of another kind may raise anything; nothing in it was run
         raise UserError(
-            f"--aesthetic-head {path} is not LAION's predictor "
-            f"(layers.0 .2 .4 .6 .7, weight and bias): {one_line(error)}"
+            f"--aesthetic-head {path} is not LAION's predictor (layers.0 .2 .4 .6 .7, weight and "
+            f"bias): {type(error).__name__}: {one_line(error)}"
         ) from None
     return head.eval()
 
 
 @torch.no_grad()
 def aesthetic(images, prompts, clip, head):
-    """LAION's aesthetic score. uint8 (B, H, W, 3) -> float32 (B,)."""
+    """Sec. 5.2: LAION's aesthetic score. uint8 (B, H, W, 3) -> float32 (B,)."""
     return head(clip(images)).numpy()
-
-
-# Sec. 5.3: alignment of prompt and picture, by a vision-language model
 
 
 class Llava:
@@ -185,24 +157,20 @@ class Llava:
     images uint8 (B, H, W, 3), question -> list of B str.
     """
 
-    batch = 16
-
-    def __init__(self, name, device):
-        from transformers import LlavaForConditionalGeneration, LlavaProcessor
-
-        needed = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-        folder = locate(name, "--vlm", needed)
-        self.processor = loading("--vlm", name, LlavaProcessor, folder)
+    def __init__(self, name, device, batch=16):
+        files = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+        folder = locate(name, "--vlm", files)
+        self.processor = loading("--vlm", name, transformers.LlavaProcessor, folder)
         self.processor.tokenizer.padding_side = "left"
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
-        net = loading("--vlm", name, LlavaForConditionalGeneration, folder, dtype=dtype)
-        self.net = net.to(device)
+        cls = transformers.LlavaForConditionalGeneration
+        self.net = loading("--vlm", name, cls, folder, dtype=dtype).to(device)
+        self.name, self.batch = name, batch
 
     @torch.no_grad()
     def __call__(self, images, question):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        turns = [{"role": "user", "content": content}]
-        text = self.processor.apply_chat_template(turns, add_generation_prompt=True)
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+        text = self.processor.apply_chat_template([turn], add_generation_prompt=True)
         answers = []
         for start in range(0, len(images), self.batch):
             files = [jpeg(image, 80) for image in images[start : start + self.batch]]
@@ -210,26 +178,10 @@ class Llava:
             texts = [text] * len(pictures)
             inputs = self.processor(images=pictures, text=texts, return_tensors="pt")
             inputs = inputs.to(self.net.device, self.net.dtype)
-            output = self.net.generate(
-                **inputs, max_new_tokens=64, min_new_tokens=2, do_sample=False
-            )
-            new = output[:, inputs.input_ids.shape[1] :]
+            new = self.net.generate(**inputs, max_new_tokens=64, min_new_tokens=2, do_sample=False)
+            new = new[:, inputs.input_ids.shape[1] :]
             answers += self.processor.batch_decode(new, skip_special_tokens=True)
         return [answer.strip() for answer in answers]
-
-
-def let_through(url):
-    """Lift HF_HUB_OFFLINE, which stops all of huggingface_hub's requests, for one's own server."""
-    session = get_session()
-    hooks = session.event_hooks
-    server = session.build_request("GET", url).url
-
-    def stop_others(request):
-        if (request.url.host, request.url.port) != (server.host, server.port):
-            for hook in hooks["request"]:
-                hook(request)
-
-    session.event_hooks = {**hooks, "request": [stop_others]}
 
 
 class ChatServer:
@@ -238,7 +190,7 @@ class ChatServer:
     images uint8 (B, H, W, 3), question -> list of B str, where an empty answer is an answer.
     huggingface_hub's client asks; what is ours is the patience: `concurrency` requests at a time,
     each tried `tries` times with growing pauses where the server hangs, fails or answers nonsense.
-    Raises UserError when it stays away.
+    Raises UserError when it stays away. The environment's VLM_API_KEY is its key, if it wants one.
     """
 
     timeout = 60.0  # seconds, for a request
@@ -254,44 +206,50 @@ class ChatServer:
         )
         # without a key of its own the client sends the hub's token to whatever server it is given
         self.key = os.environ.get("VLM_API_KEY", "").strip() or "none"
-        self.client = InferenceClient(
-            base_url=f"{self.url}/chat/completions", api_key=self.key, timeout=self.timeout
-        )
-        self.over = threading.Event()  # no one need try again
-        self.failure = ""
+        url = f"{self.url}/chat/completions"
+        self.client = InferenceClient(base_url=url, api_key=self.key, timeout=self.timeout)
+        self.over = threading.Event()  # set when no one need try again
+        self.failure = ""  # what ended it
         served = self.persist("models", self.served)
         self.model = model if model in served or not served else served[0]
+        self.name = f"{self.model} at {self.url}"
 
     def served(self):
-        """The names of the models that the server lists."""
-        let_through(self.url)
-        headers = {"Authorization": f"Bearer {self.key}"}
-        reply = get_session().get(f"{self.url}/models", headers=headers, timeout=self.timeout)
+        """The names of the models that the server lists. Lifts HF_HUB_OFFLINE for this server."""
+        session = get_session()
+        request = session.build_request("GET", f"{self.url}/models", timeout=self.timeout)
+        request.headers["Authorization"] = f"Bearer {self.key}"
+        hooks = session.event_hooks
+
+        def stop_others(other):
+            for hook in hooks["request"] if other.url.netloc != request.url.netloc else []:
+                hook(other)
+
+        session.event_hooks = {**hooks, "request": [stop_others]}
+        reply = session.send(request)
         reply.raise_for_status()
         return [entry["id"] for entry in reply.json()["data"]]
 
-    def ask(self, image, question):
+    def ask(self, question, image):
         """The model's answer to a question about one picture, uint8 (H, W, 3)."""
         data = base64.b64encode(jpeg(image, 80)).decode()
         picture = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
-        messages = [{"role": "user", "content": [picture, {"type": "text", "text": question}]}]
-        reply = self.client.chat_completion(
-            messages, model=self.model, max_tokens=64, temperature=0
-        )
+        turns = [{"role": "user", "content": [picture, {"type": "text", "text": question}]}]
+        reply = self.client.chat_completion(turns, model=self.model, max_tokens=64, temperature=0)
         return (reply.choices[0].message.content or "").strip()
 
     def persist(self, path, ask, *arguments):
         """ask(*arguments), again and again where that may help. `path` is for the message."""
         for attempt in range(self.tries):
-            pause = self.pause * 2 ** (attempt - 1) if attempt else 0
-            if self.over.wait(pause):
+            if self.over.wait(self.pause * 2 ** (attempt - 1) if attempt else 0):
                 raise UserError(self.failure)
             try:
                 return ask(*arguments)
             except Exception as error:  # a server may cause many kinds, and all mean the same
-                reason, reply = one_line(error), getattr(error, "response", None)
+                reason = f"{type(error).__name__}: {one_line(error)}"
+                reply = getattr(error, "response", None)
             if reply is not None:
-                reason = f"HTTP {reply.status_code} {' '.join(reply.text.split())[:200]}"
+                reason = f"HTTP {reply.status_code} {one_line(reply.text)}"
                 if reply.status_code < 500 and reply.status_code not in (408, 429):
                     break  # our fault: asking again won't help
         self.failure = (
@@ -303,10 +261,10 @@ class ChatServer:
 
     def __call__(self, images, question):
         self.over.clear()
-        ask = partial(self.persist, "chat/completions", self.ask)
+        ask = partial(self.persist, "chat/completions", self.ask, question)
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
-                return list(pool.map(ask, images, [question] * len(images)))
+                return list(pool.map(ask, images))
             finally:  # after a failure, or Ctrl-C, the rest is dropped and no one waits
                 self.over.set()
 
@@ -338,15 +296,12 @@ class BertScore:
     Two lists of B str -> P, R, F, each numpy (B,). Raises UserError for a layer that isn't there.
     """
 
-    batch = 64
-
     def __init__(self, name, layer, device):
-        from transformers import AutoModel, AutoTokenizer
-
-        needed = ["*.json", "*.txt", "*.safetensors", "*.bin", "*.model"]
-        folder = locate(name, "--bert", needed)
-        self.tokenizer = loading("--bert", name, AutoTokenizer, folder)
-        self.net = loading("--bert", name, AutoModel, folder, dtype=torch.float32).to(device)
+        files = ["*.json", "*.txt", "*.safetensors", "*.bin", "*.model"]
+        folder = locate(name, "--bert", files)
+        self.tokenizer = loading("--bert", name, transformers.AutoTokenizer, folder)
+        cls = transformers.AutoModel
+        self.net = loading("--bert", name, cls, folder, dtype=torch.float32).to(device)
         self.layer = layer
         layers = getattr(self.net.config, "num_hidden_layers", 0)
         require(0 < layer <= layers, f"--bert-layer {layer}: {name} has layers 1 to {layers}")
@@ -354,14 +309,10 @@ class BertScore:
     def embed(self, sentences):
         """-> embeddings (B, n, d) of length 1, weights (B, n), mask (B, n)."""
         limit = min(self.tokenizer.model_max_length, self.net.config.max_position_embeddings)
-        tokens = self.tokenizer(
-            [sentence.strip() for sentence in sentences],
-            padding=True,
-            truncation=True,
-            max_length=limit,
-            return_special_tokens_mask=True,
-            return_tensors="pt",
-        ).to(self.net.device)
+        options = {"padding": True, "truncation": True, "return_special_tokens_mask": True}
+        texts = [sentence.strip() for sentence in sentences]
+        tokens = self.tokenizer(texts, max_length=limit, return_tensors="pt", **options)
+        tokens = tokens.to(self.net.device)
         special = tokens.pop("special_tokens_mask").bool()
         mask = tokens.attention_mask.bool()
         hidden = self.net(**tokens, output_hidden_states=True).hidden_states[self.layer]
@@ -370,15 +321,15 @@ class BertScore:
     @torch.no_grad()
     def __call__(self, candidates, references):
         parts = []
-        for start in range(0, len(candidates), self.batch):
-            x = self.embed(candidates[start : start + self.batch])
-            y = self.embed(references[start : start + self.batch])
+        for start in range(0, len(candidates), 64):
+            x = self.embed(candidates[start : start + 64])
+            y = self.embed(references[start : start + 64])
             parts.append(torch.stack(bert_score(x, y)).cpu())
         return torch.cat(parts, dim=1).numpy()
 
 
 def alignment(images, prompts, describe, score, question):
-    """BERTScore's recall of the prompt in a description of the picture.
+    """Sec. 5.3: BERTScore's recall of the prompt in a description of the picture.
 
     describe(images, question) -> B str; score(candidates, references) -> P, R, F.
     uint8 (B, H, W, 3) -> float32 (B,), {"description": list of B str}.
@@ -401,18 +352,15 @@ def diversity(embeds, prompts):
     return (1 - embeds @ embeds.T)[pairs].mean().item()
 
 
-# By name, or from a file
-
-
 def make_aesthetic(settings, device):
     """`aesthetic` with its models, CLIP on `device`. Raises UserError."""
     clip = clip_embedder(settings.clip, device)
     head = load_head(settings.aesthetic_head)
-    d = head.layers[0].in_features
+    wanted, given = head.layers[0].in_features, clip.net.config.projection_dim
     require(
-        d == clip.d,
-        f"--aesthetic-head {settings.aesthetic_head} wants embeddings of {d} numbers, "
-        f"--clip {settings.clip} gives {clip.d}",
+        wanted == given,
+        f"--aesthetic-head {settings.aesthetic_head} wants embeddings of {wanted} numbers, "
+        f"--clip {settings.clip} gives {given}",
     )
     print(f"aesthetic score: {settings.aesthetic_head} on the embeddings of {settings.clip}")
     return partial(aesthetic, clip=clip, head=head)
@@ -426,14 +374,10 @@ def make_alignment(settings, device):
         f"--vlm-question {question!r}: leave <image> out, the picture goes in by itself",
     )
     score = BertScore(settings.bert, settings.bert_layer, device)
-    if settings.vlm_url:
-        describe = ChatServer(settings.vlm_url, settings.vlm)
-        speaker = f"{describe.model} at {describe.url}"
-    else:
-        describe = Llava(settings.vlm, device)
-        speaker = settings.vlm
+    url, vlm = settings.vlm_url, settings.vlm
+    describe = ChatServer(url, vlm) if url else Llava(vlm, device)
     print(
-        f"alignment: described by {speaker}, scored by {settings.bert}, layer {settings.bert_layer}"
+        f"alignment: described by {describe.name}, scored by {settings.bert}, layer {score.layer}"
     )
     return partial(alignment, describe=describe, score=score, question=question)
 
@@ -446,56 +390,77 @@ REWARDS = {  # name: maker(settings of train.py, device) -> reward
 }
 
 
+# What anybody's code may flip for the whole process: how to read it, how to set it.
+GENERATORS = [
+    (random.getstate, random.setstate),
+    (np.random.get_state, np.random.set_state),
+    (torch.get_rng_state, torch.set_rng_state),
+]
+SWITCHES = GENERATORS + [
+    (os.getcwd, os.chdir),
+    (np.geterr, lambda states: np.seterr(**states)),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, lambda d: torch.set_default_device(d if d.type != "cpu" else None)),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (partial(getattr, cudnn, "benchmark"), partial(setattr, cudnn, "benchmark")),
+    (partial(getattr, cudnn, "deterministic"), partial(setattr, cudnn, "deterministic")),
+]
+left_off = []  # the generators' states after the last reward: each call draws on from there
+
+
+@contextmanager
+def restored():
+    """Run anybody's code: what it flips is flipped back, and its random numbers are its own."""
+    before = [get() for get, _ in SWITCHES]
+    try:
+        for (_, put), state in zip(GENERATORS, left_off):
+            put(state)
+        yield
+    finally:
+        left_off[:] = [get() for get, _ in GENERATORS]
+        for (_, put), value in zip(SWITCHES, before):
+            put(value)
+
+
 def leads_elsewhere(name, path):
     """Whether `import name` gives another module than the file `path`."""
-    if name in sys.modules:
-        file = getattr(sys.modules[name], "__file__", None)
-    else:
-        spec = importlib.util.find_spec(name)
-        if spec is None:
-            return False
-        file = spec.origin
-    return file is None or Path(file).resolve() != path
+    found = sys.modules.get(name) or importlib.util.find_spec(name)
+    file = getattr(found, "__file__", None) or getattr(found, "origin", None)
+    return found is not None and Path(file or "").resolve() != path
 
 
-def import_file(path):
-    """A .py file as a module, run once and in sys.modules as by `import`, but in no one's place.
+def load_object(spec, flag):
+    """What "file.py:name", the value of `flag`, names. Raises UserError, with the line at fault.
 
-    Its folder comes last on sys.path, for imports of its own; a name that is taken gets a "_".
+    The file is imported as Python would, once, but in no other module's place: its folder comes
+    last on sys.path, and a name that is taken gets a "_".
     """
+    file, _, wanted = spec.rpartition(":")
+    path = Path(file).resolve()
+    found = path.suffix == ".py" and path.is_file()
+    require(found, f"{flag} {spec}: there is no such file; needed: file.py:name")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     name = path.stem.replace(".", "_")
     while leads_elsewhere(name, path):
         name += "_"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
+        module_spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(module_spec)
         try:
-            spec.loader.exec_module(sys.modules[name])
-        except BaseException:
+            with restored():
+                module_spec.loader.exec_module(sys.modules[name])
+        except (Exception, SystemExit) as error:  # it is the user's code: any
             del sys.modules[name]
-            raise
-    return sys.modules[name]
-
-
-def load_object(spec, flag):
-    """What "file.py:name", the value of `flag`, names. Raises UserError, with the line at fault."""
-    file, _, name = spec.rpartition(":")
-    path = Path(file).resolve()
-    require(
-        path.suffix == ".py" and path.is_file(),
-        f"{flag} {spec}: there is no such file; needed: file.py:name",
-    )
-    try:
-        module = import_file(path)
-    except (Exception, SystemExit) as error:  # it is the user's file: any
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        where = f" (line {lines[-1]} of {path.name})" if lines else ""
-        raise UserError(f"{flag} {spec}: {one_line(error)}{where}") from error
-    require(hasattr(module, name), f"{flag} {spec}: {path.name} defines no {name!r}")
-    return getattr(module, name)
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [f"line {frame.lineno}: " for frame in frames if frame.filename == str(path)]
+            said = f"{''.join(lines[-1:])}{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"{flag} {spec}: {said}") from error
+    require(hasattr(sys.modules[name], wanted), f"{flag} {spec}: {path} defines no {wanted!r}")
+    return getattr(sys.modules[name], wanted)
 
 
 def make_reward(name, settings, device):
@@ -527,28 +492,27 @@ def listed(values):
     return [plain(value) for value in values]
 
 
-def is_score(value):
-    """Whether it is a finite real number."""
-    return isinstance(value, Real) and abs(value) <= sys.float_info.max
-
-
 def checked(reward, images, prompts):
     """A reward's scores, one finite number a picture, and what it shows beside them.
 
     uint8 (B, H, W, 3), B str -> float64 (B,), {name: list of B}. Raises UserError for an answer of
     another kind; an error inside the reward stays what it is.
     """
-    B, given, shown = len(prompts), reward(images, prompts), None
-    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], (Mapping, type(None))):
-        given, shown = given
-    scores = listed(given)
-    shown = {key: listed(values) for key, values in (shown or {}).items()}
+    B, shown = len(prompts), None
+    with restored():  # a generator's code runs in here too
+        given = reward(images.copy(), list(prompts))
+        pair = isinstance(given, tuple) and len(given) == 2
+        if pair and isinstance(given[1], (Mapping, type(None))):
+            given, shown = given
+        scores = listed(given)
+        shown = {key: listed(values) for key, values in (shown or {}).items()}
     function = getattr(reward, "func", reward)  # of a partial
     name = getattr(function, "__name__", type(function).__name__)
-    answer = " ".join(repr(given if scores is None else scores).split())[:200]
+    right = scores is not None and len(scores) == B
     require(
-        scores is not None and len(scores) == B and all(map(is_score, scores)),
-        f"the reward {name} must give one finite number for each of {B} pictures; it gave {answer}",
+        right and all(isinstance(x, Real) and abs(x) <= sys.float_info.max for x in scores),
+        f"the reward {name} must give one finite number for each of {B} pictures; "
+        f"it gave {one_line(given if scores is None else scores)}",
     )
     odd = [key for key, values in shown.items() if values is None or len(values) != B]
     require(not odd, f"the reward {name} must show one thing for each of {B} pictures as {odd}")

@@ -8,8 +8,10 @@ import importlib.util
 import json
 import os
 import pickle
+import random
 import sys
 import time
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -137,7 +139,7 @@ def test_the_malicious_pickle_would_have_run_elsewhere(head, tmp_path):
 
 def test_a_folder_without_a_head_is_refused(tmp_path):
     said = refused(rewards.load_head, str(tmp_path))
-    assert said.startswith(f"--aesthetic-head {tmp_path}: holds neither model.safetensors")
+    assert said.startswith(f"--aesthetic-head {tmp_path}/aesthetic-model.pth is not LAION's")
 
 
 def aesthetic_settings(zoo):
@@ -289,8 +291,7 @@ def test_a_question_with_a_placeholder_for_the_picture_is_refused():
 
 def test_the_zoos_llava_describes_each_picture_by_itself(zoo):
     """More pictures than one batch, in their order."""
-    vlm = rewards.Llava(str(zoo.parent / "llava"), "cpu")
-    vlm.batch = 2
+    vlm = rewards.Llava(str(zoo.parent / "llava"), "cpu", batch=2)
     grounds = [(255, 0, 0), (0, 0, 255), (255, 0, 0), (0, 128, 0), (0, 0, 255)]
     images = np.stack([np.full((64, 64, 3), colour, np.uint8) for colour in grounds])
     answers = vlm(images, "what is in this picture?")
@@ -481,11 +482,15 @@ def test_a_function_in_a_file_is_a_reward(written):
         ("x = 1", "mine.py:", "mine.py defines no ''"),
         ("x = 1", "mine.py:f", "mine.py defines no 'f'"),
         ("x = 1", "mine.py:x", "not a function"),
-        ("def f(:", "mine.py:f", "SyntaxError: invalid syntax (mine.py, line 1)"),
-        ("\nimport nowhere", "mine.py:f", "'nowhere' (line 2 of mine.py)"),
-        ("\n\nint('x')", "mine.py:f", "ValueError: invalid literal for int()"),
-        ("raise SystemExit", "mine.py:f", "SystemExit: (line 1 of mine.py)"),
-        ("def f():\n    1 / 0\nf()", "mine.py:f", "division by zero (line 2 of mine.py)"),
+        ("def f(:", "mine.py:f", "mine.py:f: SyntaxError: invalid syntax (mine.py, line 1)"),
+        (
+            "\nimport nowhere",
+            "mine.py:f",
+            "mine.py:f: line 2: ModuleNotFoundError: No module named 'nowhere'",
+        ),
+        ("\n\nint('x')", "mine.py:f", "mine.py:f: line 3: ValueError: invalid literal for int()"),
+        ("raise SystemExit", "mine.py:f", "mine.py:f: line 1: SystemExit"),
+        ("def f():\n    1 / 0\nf()", "mine.py:f", "line 2: ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_file_without_the_function_is_refused_by_name(written, tmp_path, text, name, words):
@@ -757,3 +762,135 @@ def test_an_error_inside_a_reward_stays_what_it_is_and_where_it_is(written):
         assert caught.type.__name__ == (name if name != "lazy" else "IndexError")
         assert not isinstance(caught.value, UserError)
         assert str(caught.traceback[-1].path) == path
+
+
+# What a reward does
+
+
+def test_a_reward_that_edits_what_it_is_given_edits_its_own_copy():
+    images, prompts = pictures(), ["a", "b", "c"]
+
+    def vandal(images, prompts):
+        torch.from_numpy(images)[:] = 0
+        images[:] = 255
+        prompts[0] = "x"
+        prompts.clear()
+        return [1, 2, 3]
+
+    with warnings.catch_warnings(action="error"):
+        scores, _ = rewards.checked(vandal, images, prompts)
+    assert scores.tolist() == [1, 2, 3]  # three, though the list is empty now
+    assert (images == pictures()).all() and prompts == ["a", "b", "c"]
+
+
+def switches():
+    """What a reward could flip for the whole process, as text."""
+    cudnn = torch.backends.cudnn
+    return {
+        "gradients": torch.is_grad_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "device": str(torch.get_default_device()),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warn only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn": (cudnn.benchmark, cudnn.deterministic),
+        "numpy": np.geterr(),
+        "folder": os.getcwd(),
+        "torch's numbers": torch.get_rng_state().tolist(),
+        "numpy's numbers": str(np.random.get_state()),
+        "python's numbers": random.getstate(),
+    }
+
+
+FLIP = """
+import os, random
+import numpy as np
+import torch
+
+def flip():
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.deterministic = True
+    np.seterr(all="raise")
+    torch.manual_seed(5)
+    np.random.seed(5)
+    random.seed(5)
+    os.chdir("/")
+"""
+
+
+@pytest.fixture
+def flipped_back():
+    """Whatever a test flips, for the tests after it."""
+    before = switches()
+    yield
+    torch.set_default_device(None)
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(before["threads"])
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = False
+    np.seterr(**before["numpy"])
+    os.chdir(before["folder"])
+
+
+def test_the_flips_flip_every_switch(flipped_back):
+    """So that the test below can fail."""
+    before, module = switches(), {}
+    exec(FLIP, module)
+    module["flip"]()
+    torch_device = torch.get_default_device()
+    torch.set_default_device(None)
+    after = {**switches(), "device": str(torch_device)}
+    assert [name for name in before if after[name] == before[name]] == []
+
+
+@pytest.mark.parametrize("where", ["import", "call", "failing call", "failing import", "generator"])
+def test_switches_that_a_reward_flips_are_flipped_back(written, where, flipped_back):
+    before = switches()
+    text = {
+        "import": "flip()\ndef f(i, p):\n    return [1, 2, 3]",
+        "call": "def f(i, p):\n    flip()\n    return [1, 2, 3]",
+        "failing call": "def f(i, p):\n    flip()\n    raise KeyError",
+        "failing import": "flip()\n[][0]",
+        "generator": "def f(i, p):\n    flip()\n    yield from [1, 2, 3]",
+    }[where]
+    path = written("flip.py", FLIP + text)
+    try:
+        rewards.checked(own(path), pictures(), ["a"] * 3)
+        assert not where.startswith("failing")
+    except (KeyError, UserError):
+        assert where.startswith("failing")
+    after = switches()
+    assert [name for name in before if after[name] != before[name]] == []
+    assert torch.utils._device.CURRENT_DEVICE is None  # no mode that makes every call slower
+
+
+def test_a_reward_draws_on_where_it_left_off():
+    """Its random numbers are not ours; but they are not the same at each call either."""
+
+    def random_numbers(images, prompts):
+        return [random.random(), np.random.rand(), torch.rand(()).item()]
+
+    ours = [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]
+    calls = [rewards.checked(random_numbers, pictures(), "abc")[0] for _ in range(3)]
+    assert len(set(np.concatenate(calls))) == 9
+    assert ours == [random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()]
+
+
+def test_a_reward_that_seeds_itself_repeats_itself():
+    def seeded(images, prompts):
+        torch.manual_seed(3)
+        return torch.rand(3)
+
+    expected = torch.rand(3, generator=torch.Generator().manual_seed(3)).double().tolist()
+    for _ in range(2):
+        assert rewards.checked(seeded, pictures(), "abc")[0].tolist() == expected
