@@ -35,6 +35,7 @@ import random
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -264,9 +265,13 @@ class ChatServer:
         ask = partial(self.persist, "chat/completions", self.ask, question)
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
-                return list(pool.map(ask, images))
+                answers = list(pool.map(ask, images))
             finally:  # after a failure, or Ctrl-C, the rest is dropped and no one waits
                 self.over.set()
+        if answers and not any(answers):
+            why = "says nothing about any picture of a batch, which scores 0; can it see?"
+            warnings.warn(f"--vlm-url {self.url}: {self.model} {why}")  # shown once
+        return answers
 
 
 def bert_score(candidates, references):
