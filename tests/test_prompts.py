@@ -8,7 +8,7 @@ import pytest
 from train import draw_prompts, load_prompts, spread_prompts
 
 FOLDER = Path(__file__).parents[1] / "tutorial" / "prompts"
-SETS = ["common-animals", "imagenet-animals", "animal-activities"]
+SETS = ["animal-activities", "common-animals", "imagenet-animals"]
 PUBLISHED = Path("/work/shared/imagenet_animals.txt")
 
 # App. D.6, row by row, typed in again.
@@ -53,7 +53,7 @@ def test_activities_are_every_animal_doing_each_of_three_things():
 
 
 def test_the_named_sets_are_text_files_that_a_student_can_open():
-    assert sorted(path.stem for path in FOLDER.glob("*.txt")) == sorted(SETS)
+    assert sorted(path.stem for path in FOLDER.glob("*.txt")) == SETS
     for name in SETS:
         text = (FOLDER / f"{name}.txt").read_bytes().decode("ascii")
         assert text == "".join(prompt + "\n" for prompt in load_prompts(name))
@@ -106,6 +106,12 @@ def test_what_is_no_file_is_refused(tmp_path, name):
 def test_prompt_files_of_other_systems_are_read(tmp_path):
     (tmp_path / "bom.txt").write_bytes("\ufeffa cat\r\na dog\r\n".encode())
     assert load_prompts(str(tmp_path / "bom.txt")) == ["a cat", "a dog"]
+
+
+def test_a_file_is_cut_at_newlines_only(tmp_path):
+    odd = "a cat\u2028on\u2029a\x0cred\x0bback\x1cground\x85here"
+    (tmp_path / "odd.txt").write_bytes(f"{odd}\na dog\ra cow\r\n".encode())
+    assert load_prompts(str(tmp_path / "odd.txt")) == [odd, "a dog", "a cow"]
 
 
 def test_an_epochs_prompts_repeat_as_asked_and_differ_between_epochs():
