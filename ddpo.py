@@ -1,178 +1,254 @@
 """DDPO: denoising diffusion policy optimization (Black et al., arXiv 2305.13301), Sec. 4.
 
-Denoising as an MDP (Sec. 4.3): the state is (c, t, x_t), the action x_{t-1}, the policy the Gaussian p_theta(x_{t-1} | x_t, c) of
-scheduler.py; the reward r(x_0, c) comes once, at the end. In reading order:
+Denoising as an MDP (Sec. 4.3): the state is (c, t, x_t), the action x_{t-1}, the policy the
+Gaussian p_theta(x_{t-1} | x_t, c) of scheduler.py; the reward r(x_0, c) comes once, at the end.
 
-    guided_noise, predict_noise     Eq. 3: the guided noise prediction, in sampling and in training alike ("CFG training", App. E.1)
-    sample                          roll the policy out and keep x_T ... x_0 and the log-probabilities
-    Policy                          the parts of a Stable Diffusion, from prompts to pictures
-    PromptStatistics, normalize_advantages      Sec. 5.1, App. D: rewards normalised prompt by prompt
-    reinforce_loss, ppo_loss        Eq. DDPO_SF and DDPO_IS, the two policy gradients
-    join ... training_order         several processes: each draws its share of the samples, gradients are summed in `step`
-    step, update, improve           one optimizer step in micro-batches; DDPO's, on whole samples; those of an epoch
-    rwr_weights, sparse_weights, denoising_loss, regress        Sec. 4.2: reward-weighted regression, the baseline
-    learn                           an epoch's updates by any of the four
-    alarms                          what goes wrong in practice, seen early in a run's metrics
+    guided_noise, predict_noise                 Eq. 3: guidance, in sampling and training alike
+    Trajectories, sample                        Sec. 4.3: roll the policy out, record it
+    Policy                                      a Stable Diffusion, from prompts to pictures
+    PromptStatistics, normalize_advantages      App. D.3: rewards normalised prompt by prompt
+    reinforce_loss, ppo_loss, policy_log_prob   Sec. 4.3, D.1: the two policy gradients
+    rwr_weights, sparse_weights, denoising_loss Sec. 4.2: reward-weighted regression
+    Algorithm; DDPO, DDPOScoreFunction, RWR, RWRSparse          ALGORITHMS
+    accumulate, optimizer_step                  one update, in micro-batches
+    alarms                                      what goes wrong in practice, seen early
+    join ... sum_gradients                      several processes
 
-Deviations from the paper's text, and why:
-- Log-probabilities are means over the latent's dimensions (see scheduler.py), and losses are means over the T timesteps where the paper
-  writes sums. As in the authors' code. Effect: DDPO_SF's gradient is 1/(D T) of the paper's; DDPO_IS's ratio is the D-th root of the paper's,
-  so that a clip range holds for one D only.
-- The paper clips the ratio by a trust region "as in PPO"; here, as in the authors' code: clipped ratio, pessimistic minimum, no value
-  function, no entropy bonus.
-- Advantages are clipped at +-10 (the authors' JAX code; their PyTorch code takes 5).
-- Noise comes from a generator seeded by (seed, epoch, sample), not from one stream: results depend on batch sizes by rounding only.
-- RWR trains on the sampled x_0 itself; the authors' code encodes the finished picture again, through the VAE. Effect: none of the VAE's
-  errors in the data. RWR-sparse never draws a sample of weight 0 for a batch (its gradient is 0), so that a batch is all signal.
+Deviations from the paper's text (t) or its authors' code (c), beside those of scheduler.py:
+
+    what                                   why                     effect
+    t losses are means over the            as in their code        DDPO_SF's gradient is 1/T of the
+      timesteps, not sums                                          paper's; Adam does not mind
+    t normalised by a prompt's last 32     as in their code; D.3   none known
+      rewards, from the 16th on, else by   gives no numbers and
+      the epoch's                          no fallback
+    t advantages are clipped at +-10       their JAX code; their   outliers, if any
+                                           PyTorch code takes 5
+    c noise is named (seed, epoch,         resume and processes    results depend on batch sizes
+      sample), not drawn from one stream   to the bit              by rounding only
+    c RWR trains on the sampled x_0;       no error of the VAE     none known
+      theirs encodes the pictures again    in the data
+      and samples the VAE's posterior
+    c RWR's weights are per prompt for     Sec. 4.2 and D.3        theirs takes one softmax over
+      every reward                                                 all prompts for the JPEG rewards
+    c RWR's loss is a mean over the batch  the text's expectation  theirs is 1/128 of it on their
+                                                                   pod: clipping never binds
+    c RWR's optimizer keeps its moments    simpler                 theirs starts anew each round
+      from round to round
+    c RWR-sparse takes the percentile of   a round's samples are   theirs samples until 1,024 are
+      a round's samples of each prompt     there at once           kept; with few samples a prompt
+                                                                   ours keeps a larger share
+    c float32 throughout                   reproducible            theirs: bfloat16 first moments
 """
+
+import math
 import os
 from collections import deque
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.data import TensorDataset
 
-from scheduler import Trajectories, add_noise, gaussian_log_prob, named_noise
+from scheduler import UserError, add_noise, gaussian_log_prob, named_noise, require
 
 
-def guided_noise(eps_uncond, eps_cond, w):
+def guided_noise(eps_uncond, eps_cond, guidance):
     """Classifier-free guidance, Eq. 3: w eps(x_t, t, c) + (1 - w) eps(x_t, t, nothing), rearranged.
 
-    eps_uncond, eps_cond (B, 4, h, w); w = 1 is the plain conditional model -> (B, 4, h, w).
+    guidance is the paper's w; 1 is the plain conditional prediction.
+    eps_uncond, eps_cond (B, 4, h, w) -> (B, 4, h, w).
     """
-    return eps_uncond + w * (eps_cond - eps_uncond)
+    return eps_uncond + guidance * (eps_cond - eps_uncond)
 
 
-def predict_noise(unet, x_t, timesteps, cond, uncond, w):
-    """Guided noise, both halves in one forward pass. x_t (B, 4, h, w), timesteps (B,), cond (B, m, d), uncond (1, m, d) -> float32 (B, 4, h, w)."""
-    if w == 1:
+def predict_noise(unet, x_t, timesteps, cond, uncond, guidance):
+    """The guided noise prediction, both halves in one forward pass.
+
+    x_t (B, 4, h, w), timesteps (B,), cond (B, m, d), uncond (1, m, d) -> float32 (B, 4, h, w).
+    """
+    if guidance == 1:
         return unet(x_t, timesteps, cond).float()
-    context = torch.cat([uncond.expand_as(cond), cond])                         # (2B, m, d)
-    eps_uncond, eps_cond = unet(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), context).float().chunk(2)
-    return guided_noise(eps_uncond, eps_cond, w)
+    context = torch.cat([uncond.expand_as(cond), cond])  # (2B, m, d)
+    eps = unet(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), context).float()
+    eps_uncond, eps_cond = eps.chunk(2)
+    return guided_noise(eps_uncond, eps_cond, guidance)
+
+
+@dataclass
+class Trajectories:
+    """A batch of rollouts: what sampling hands to training. Always float32."""
+
+    latents: torch.Tensor  # (B, T+1, 4, h, w): x_T first, x_0 last
+    log_probs: torch.Tensor  # (B, T): log p(x_{t-1} | x_t, c) under the policy that sampled
+    timesteps: torch.Tensor  # (T,): common to all
+    prompt_embeds: torch.Tensor  # (B, m, d)
+
+    def __len__(self):
+        return len(self.latents)
+
+    @staticmethod
+    def cat(parts):
+        """Several batches as one."""
+        return Trajectories(
+            torch.cat([part.latents for part in parts]),
+            torch.cat([part.log_probs for part in parts]),
+            parts[0].timesteps,
+            torch.cat([part.prompt_embeds for part in parts]),
+        )
 
 
 @torch.no_grad()
-def sample(unet, scheduler, cond, uncond, noise, T, eta, w, tick=None):
-    """Roll out the policy: x_T ~ N(0, I), then T steps x_{t-1} ~ p_theta(. | x_t, c).
+def sample(unet, sampler, cond, uncond, noise, guidance, tick=None):
+    """Sec. 4.3: roll out the policy. x_T ~ N(0, I), then T actions x_{t-1} ~ p_theta(. | x_t, c).
 
-    cond (B, m, d); uncond (1, m, d), the empty prompt; noise (B, T+1, 4, h, w), for x_T and for each step -> Trajectories.
-    `tick()`, where given, is called after every step.
+    cond (B, m, d); uncond (1, m, d), the empty prompt; noise (B, T+1, 4, h, w), for x_T and for
+    each action -> Trajectories. `tick()`, where given, is called after every step.
     """
-    timesteps = scheduler.timesteps(T)
-    x, log_probs = noise[:, 0], []
-    latents = [x]
-    for i in range(T):
-        t = timesteps[i].expand(len(x))
-        eps = predict_noise(unet, x, t, cond, uncond, w)
-        x, log_prob = scheduler.step(eps, x, t, T, eta, noise[:, i + 1])
+    x = noise[:, 0]
+    latents, log_probs = [x], []
+    for k, timestep in enumerate(sampler.timesteps):
+        t = timestep.expand(len(x))
+        eps = predict_noise(unet, x, t, cond, uncond, guidance)
+        x, mean, std = sampler.step(eps, x, t, noise[:, k + 1])
         latents.append(x)
-        log_probs.append(log_prob)
+        log_probs.append(gaussian_log_prob(x, mean, std))
         if tick:
             tick()
-    return Trajectories(torch.stack(latents, 1), torch.stack(log_probs, 1), timesteps, cond)
+    latents, log_probs = torch.stack(latents, dim=1), torch.stack(log_probs, dim=1)
+    return Trajectories(latents, log_probs, sampler.timesteps, cond)
 
 
 @dataclass
 class Policy:
-    """The parts of a Stable Diffusion, of which only the UNet is trained, and how pictures are drawn with them."""
+    """The parts of a Stable Diffusion, of which only the UNet is trained."""
+
     unet: torch.nn.Module
     vae: torch.nn.Module
-    scheduler: object
+    sampler: object  # scheduler.Sampler
     tokenizer: object
     text_encoder: torch.nn.Module
     device: torch.device
-    T: int
-    eta: float
-    w: float
-    embeds: dict = field(default_factory=dict)
+    guidance: float  # in sampling
+    dtype: torch.dtype = torch.float32  # of the networks' arithmetic
+
+    def __post_init__(self):
+        # 512 prompts of SD v1.4 take 121 MB; all prompts of a long list would take gigabytes
+        self.encoded = lru_cache(maxsize=512)(self.encode)
+
+    def autocast(self):
+        """Half precision where it was asked for: around the networks, and around nothing else."""
+        half = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype if half else None, enabled=half)
+
+    def network(self, x_t, timesteps, context):
+        """The UNet, in the precision asked for: what `sample` and the losses call `unet`."""
+        with self.autocast():
+            return self.unet(x_t, timesteps, context)
 
     @torch.no_grad()
+    def encode(self, prompt):
+        """The embedding of one prompt, padded to the tokenizer's length -> float32 (m, d)."""
+        length = self.tokenizer.model_max_length
+        options = {"padding": "max_length", "truncation": True, "max_length": length}
+        tokens = self.tokenizer(prompt, **options, return_tensors="pt").input_ids
+        return self.text_encoder(tokens.to(self.device)).last_hidden_state[0].float()
+
     def embed(self, prompts):
         """Prompt embeddings, each prompt encoded once: list of B str -> (B, m, d)."""
-        for prompt in set(prompts) - set(self.embeds):
-            tokens = self.tokenizer(prompt, padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length, return_tensors="pt")
-            self.embeds[prompt] = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state[0].float()
-        return torch.stack([self.embeds[prompt] for prompt in prompts])
+        return torch.stack([self.encoded(prompt) for prompt in prompts])
 
-    def sample(self, prompts, name, batch, tick=None, each=None, whole=False, places=None):
-        """A trajectory for each of `places` (all, if not given) in the list of prompts, `batch` at a time, the noise of sample i named (*name, i)
-        -> Trajectories, images uint8 (B, H, W, 3).
+    def uncond(self):
+        """The embedding of the empty prompt (1, m, d)."""
+        return self.embed([""])
 
-        `each(images, prompts)`, where given, is called with every batch as soon as it is drawn. Unless `whole`, of the latents only
-        x_0 is kept (B, 1, 4, h, w), and no embeddings: all that RWR and evaluation need, where 10,000 trajectories of SD v1.4 would take 36 GB.
+    def sample(self, prompts, names, batch, tick=None):
+        """Pictures for the prompts, `batch` at a time; sample i has the noise called names[i].
+
+        prompts: N str; names: N tuples of int -> yields Trajectories, images uint8 (b, H, W, 3).
         """
-        side, parts, images, places = self.unet.config["sample_size"], [], None, list(range(len(prompts)) if places is None else places)
-        for start in range(0, len(places), batch):
-            some = [prompts[i] for i in places[start:start + batch]]
-            noise = torch.stack([named_noise((self.unet.config["in_channels"], side, side), self.T + 1, *name, i) for i in places[start:start + batch]])
-            parts.append(sample(self.unet, self.scheduler, self.embed(some), self.embed([""]), noise.to(self.device), self.T, self.eta, self.w, tick))
-            drawn = self.decode(parts[-1].latents[:, -1])
-            images = np.empty((len(places), *drawn.shape[1:]), np.uint8) if images is None else images
-            images[start:start + batch] = drawn
-            if not whole:
-                parts[-1].latents, parts[-1].prompt_embeds = parts[-1].latents[:, -1:].clone(), None
-            if each:
-                each(drawn, some)
-        trajectories = Trajectories.cat(parts)
-        trajectories.places = torch.tensor(places, device=self.device)
-        return trajectories, images
+        side, T = self.unet.config["sample_size"], self.sampler.T
+        shape = (self.unet.config["in_channels"], side, side)
+        for start in range(0, len(prompts), batch):
+            some = slice(start, start + batch)
+            noise = torch.stack([named_noise(shape, T + 1, *name) for name in names[some]])
+            inputs = (self.embed(prompts[some]), self.uncond(), noise.to(self.device))
+            trajectories = sample(self.network, self.sampler, *inputs, self.guidance, tick)
+            yield trajectories, self.decode(trajectories.latents[:, -1])
 
     @torch.no_grad()
     def decode(self, latents):
-        """Latents (B, 4, h, w) -> images uint8 (B, H, W, 3)."""
-        images = (self.vae.decode(latents).float() / 2 + 0.5).clamp(0, 1)
+        """Latents (B, 4, h, w) -> images uint8 (B, H, W, 3), on the CPU."""
+        with self.autocast():
+            decoded = self.vae.decode(latents)
+        images = (decoded.float() / 2 + 0.5).clamp(0, 1)
         return (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def normalize_advantages(rewards, mean, std, limit=10.0):
-    """A = (r - mean) / std, clipped to +-limit. App. D.3. All (B,), mean and std those of each sample's prompt."""
-    return ((rewards - mean) / (std + 1e-6)).clamp(-limit, limit)
-
-
 class PromptStatistics:
-    """Running mean and standard deviation of the reward of each prompt, over its last `size` rewards, this epoch's included.
-
-    A prompt with fewer than `min_count` rewards (this epoch's counted) takes the mean and std of all this epoch's rewards instead. App. D.3; the
-    numbers 32 and 16 are those of the authors' code.
-    """
+    """App. D.3: the last `size` rewards of each prompt, to normalise by. 32, 16: the code's."""
 
     def __init__(self, size=32, min_count=16):
         self.size, self.min_count, self.history = size, min_count, {}
 
-    def update(self, prompts, rewards):
-        """Take in an epoch's rewards -> the mean and std for each of its samples. prompts: B strings, rewards (B,) -> (B,), (B,)."""
-        everyone = rewards.tolist()
-        for prompt, reward in zip(prompts, everyone, strict=True):
+    def remember(self, prompts, rewards):
+        """Take in an epoch's rewards. prompts: B str, rewards (B,)."""
+        for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
             self.history.setdefault(prompt, deque(maxlen=self.size)).append(reward)
-        rows = [self.history[p] if len(self.history[p]) >= self.min_count else everyone for p in prompts]
+
+    def mean_std(self, prompts, rewards):
+        """Mean and standard deviation to normalise each sample's reward by -> (B,), (B,).
+
+        Those of its prompt's remembered rewards; of all this epoch's, while these are too few.
+        """
+        everyone = rewards.tolist()
+        rows = [self.history.get(prompt, ()) for prompt in prompts]
+        rows = [row if len(row) >= self.min_count else everyone for row in rows]
         mean = torch.tensor([np.mean(row) for row in rows], dtype=torch.float32)
         std = torch.tensor([np.std(row) for row in rows], dtype=torch.float32)
         return mean.to(rewards.device), std.to(rewards.device)
 
     def state_dict(self):
+        """For JSON."""
         return {prompt: list(rewards) for prompt, rewards in self.history.items()}
 
     def load_state_dict(self, state):
-        self.history = {prompt: deque(rewards, maxlen=self.size) for prompt, rewards in state.items()}
+        """What `state_dict` gave."""
+        self.history = {
+            prompt: deque(rewards, maxlen=self.size) for prompt, rewards in state.items()
+        }
+
+
+def normalize_advantages(rewards, mean, std, limit=10.0):
+    """App. D.3: A = (r - mean) / std, clipped to +-limit.
+
+    rewards, mean, std (B,), the last two those of each sample's prompt -> (B,).
+    """
+    return ((rewards - mean) / (std + 1e-6)).clamp(-limit, limit)
 
 
 def reinforce_loss(log_prob, advantages):
-    """DDPO_SF, the score-function estimator of Sec. 4.3: its gradient is -E[A grad log p_theta(x_{t-1} | x_t, c)].
+    """DDPO_SF, the score-function estimator of Sec. 4.3, as a loss a pair.
 
-    Valid for data of the current policy only, hence one update an epoch. log_prob, advantages (B,) -> (B,), a loss a pair.
+        loss = -A log p_theta(x_{t-1} | x_t, c)         gradient: -A grad log p_theta
+
+    Valid for samples of the current policy only, hence one update an epoch.
+    log_prob, advantages (B,) -> (B,).
     """
     return -advantages * log_prob
 
 
 def ppo_loss(log_prob, log_prob_old, advantages, clip_range):
-    """DDPO_IS, the importance-sampling estimator of Sec. 4.3 with PPO's clipped trust region.
+    """DDPO_IS, the importance-sampling estimator of Sec. 4.3, clipped as in App. D.1.
 
-        ratio = (p_theta(x_{t-1} | x_t, c) / p_theta_old(x_{t-1} | x_t, c))^(1/D)         since log_prob is a mean over the D dimensions
+        ratio = (p_theta(x_{t-1} | x_t, c) / p_theta_old(x_{t-1} | x_t, c))^(1/D)
         loss  = -min(ratio A, clip(ratio, 1 - clip_range, 1 + clip_range) A)
 
+    The D-th root, since log_prob is a mean over the D dimensions.
     log_prob, log_prob_old, advantages (B,) -> losses (B,), ratios (B,).
     """
     ratio = (log_prob - log_prob_old).exp()
@@ -180,15 +256,380 @@ def ppo_loss(log_prob, log_prob_old, advantages, clip_range):
     return -torch.minimum(ratio * advantages, clipped * advantages), ratio
 
 
-def policy_log_prob(unet, scheduler, trajectories, samples, steps, uncond, eta, w):
+def policy_log_prob(unet, sampler, trajectories, i, k, uncond, guidance):
     """log p_theta(x_{t-1} | x_t, c) of recorded actions under the present weights, with gradient.
 
-    samples, steps (B,): places in the batch and in `timesteps` (0 is the noisiest) -> (B,)."""
-    T = len(trajectories.timesteps)
-    x_t, x_prev = trajectories.latents[samples, steps], trajectories.latents[samples, steps + 1]
-    t = trajectories.timesteps[steps]
-    eps = predict_noise(unet, x_t, t, trajectories.prompt_embeds[samples], uncond, w)
-    return gaussian_log_prob(x_prev, *scheduler.mean_std(eps, x_t, t, T, eta))
+    Pair j is action k_j (0: the noisiest) of trajectory i_j. i, k (b,) -> (b,).
+    """
+    x_t, x_prev = trajectories.latents[i, k], trajectories.latents[i, k + 1]
+    t = trajectories.timesteps[k]
+    eps = predict_noise(unet, x_t, t, trajectories.prompt_embeds[i], uncond, guidance)
+    return gaussian_log_prob(x_prev, *sampler.mean_std(eps, x_t, t))
+
+
+def by_prompt(weigh, prompts, rewards):
+    """weigh(the rewards of one prompt (n,)) -> (n,), for each prompt by itself. -> (B,)."""
+    weights, prompts = torch.empty_like(rewards), np.array(prompts)
+    for prompt in np.unique(prompts):
+        mine = torch.from_numpy(prompts == prompt)
+        weights[mine] = weigh(rewards[mine])
+    return weights
+
+
+def rwr_weights(prompts, rewards, beta):
+    """w_RWR of Sec. 4.2: exp(beta r) / Z(c), so that the weights of each prompt average 1.
+
+        w = n_c softmax(beta r)         over the n_c samples of prompt c
+
+    beta: the inverse temperature, per unit of reward. prompts: B str, rewards (B,) -> (B,).
+    """
+
+    def weigh(r):
+        return len(r) * torch.softmax(beta * r, 0)
+
+    return by_prompt(weigh, prompts, rewards)
+
+
+def sparse_weights(prompts, rewards, percentile):
+    """w_sparse of Sec. 4.2: 1[r >= C(c)], with C(c) a percentile, 0 to 1, of the prompt's rewards.
+
+    Of up to 10 samples a prompt, 0.9 leaves the best one (interpolating between neighbours; equals
+    are all kept). prompts: B str, rewards (B,) -> 0 or 1 each, (B,).
+    """
+
+    def weigh(r):
+        return (r >= torch.quantile(r, percentile)).to(r)
+
+    return by_prompt(weigh, prompts, rewards)
+
+
+def denoising_loss(eps, noise, weights):
+    """RWR's loss, Sec. 4.2: Eq. 1 with noise as the target, weighted. As in the authors' code.
+
+        loss = weight ||noise - eps||^2 / D
+
+    eps, noise (B, 4, h, w); weights (B,) -> (B,).
+    """
+    return weights * (noise - eps).square().flatten(1).mean(1)
+
+
+@dataclass
+class Pairs:
+    """(sample, timestep) pairs: action k_j (0: the noisiest) of trajectory i_j, advantage A_j."""
+
+    trajectories: Trajectories
+    i: torch.Tensor  # (n,)
+    k: torch.Tensor  # (n,)
+    advantages: torch.Tensor  # (n,)
+
+    def __len__(self):
+        return len(self.i)
+
+    def __getitem__(self, chunk):
+        return Pairs(self.trajectories, self.i[chunk], self.k[chunk], self.advantages[chunk])
+
+
+def all_pairs(trajectories, samples, advantages):
+    """Every action of the trajectories `samples` (b,), timestep by timestep -> Pairs (T * b,).
+
+    All of them go into one gradient, so that their order changes nothing but rounding; in this one,
+    micro-batches of the rollout's size repeat the rollout's arithmetic.
+    """
+    steps = torch.arange(len(trajectories.timesteps), device=samples.device)
+    k, i = torch.meshgrid(steps, samples, indexing="ij")
+    return Pairs(trajectories, i.flatten(), k.flatten(), advantages[i.flatten()])
+
+
+class Algorithm:
+    """How an epoch's rewards become optimizer steps. A new one needs weights, batches and losses.
+
+    `settings` are train.py's; numbers among the class attributes can be set by --set name=value.
+    """
+
+    defaults = {}  # the paper's numbers, where they differ from DDPO_IS's
+
+    def __init__(self, settings):
+        self.settings = settings
+
+    @classmethod
+    def settle(cls, settings, given):
+        """Fill in and check what depends on the algorithm. `given`: the settings typed."""
+
+    def setup(self, policy):
+        """Called once, with the policy as it is before any update."""
+
+    def record(self, trajectories):
+        """What training keeps of a batch of trajectories."""
+        return trajectories
+
+    def metrics(self, logged):
+        """From what an update logged of all its rows, {name: (n,)} -> {name: tensor}."""
+        return {}
+
+    def state_dict(self):
+        """What --resume needs to know, for JSON."""
+        return {}
+
+    def load_state_dict(self, state):
+        """What `state_dict` gave."""
+
+
+class DDPO(Algorithm):
+    """DDPO_IS, Sec. 4.3, D.1, D.3: importance sampling, several updates an epoch."""
+
+    defaults = {"batch_size": 64}  # App. D.5
+    advantage_limit = 10.0
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.statistics = PromptStatistics(settings.history_size, settings.min_count)
+
+    @classmethod
+    def settle(cls, settings, given):
+        """Every picture is taken once an epoch."""
+        n, size = settings.samples_per_epoch, settings.batch_size
+        require(settings.eta > 0, "--eta 0: a step without noise has no policy gradient")
+        require(n % size == 0, f"--samples-per-epoch {n} must be a multiple of --batch-size {size}")
+        require(
+            settings.updates in (None, n // size),
+            f"--updates {settings.updates}: each picture is taken once, {n // size} updates of "
+            f"--batch-size {size}",
+        )
+        settings.updates = n // size
+
+    def weights(self, prompts, rewards):
+        """The advantages of an epoch's samples. prompts: N str, rewards (N,) -> (N,)."""
+        self.statistics.remember(prompts, rewards)
+        mean, std = self.statistics.mean_std(prompts, rewards)
+        return normalize_advantages(rewards, mean, std, self.advantage_limit)
+
+    def batches(self, policy, records, prompts, weights, name):
+        """Minibatches of whole trajectories, with all their timesteps; each trajectory once.
+
+        records: those of this process's samples; prompts, weights: all processes' -> yields Pairs.
+        """
+        trajectories = Trajectories.cat(records)
+        advantages = share(weights).to(policy.device)
+        order = np.random.default_rng(name).permutation(len(trajectories))
+        for samples in torch.from_numpy(order).split(self.settings.batch_size // processes()[1]):
+            yield all_pairs(trajectories, samples.to(policy.device), advantages)
+
+    def log_probs(self, policy, pairs):
+        """log p now, with gradient, and log p when the actions were taken -> (b,), (b,)."""
+        actions = (pairs.trajectories, pairs.i, pairs.k)
+        guided = (policy.uncond(), self.settings.guidance)
+        now = policy_log_prob(policy.network, policy.sampler, *actions, *guided)
+        return now, pairs.trajectories.log_probs[pairs.i, pairs.k]
+
+    def losses(self, policy, pairs):
+        """-> losses (b,), what is to be logged of each pair {name: (b,)}."""
+        now, old = self.log_probs(policy, pairs)
+        losses, _ = ppo_loss(now, old, pairs.advantages, self.settings.clip_range)
+        return losses, {"k": pairs.k, "log_ratio": (now - old).detach()}
+
+    def metrics(self, logged):
+        """How far the ratios are off 1."""
+        k, off_1 = logged["k"], (logged["log_ratio"].exp() - 1).abs()
+        outside = (off_1 > self.settings.clip_range).float()
+        return {
+            "approx_kl": 0.5 * logged["log_ratio"].square().mean(),
+            "clip_fraction": outside.mean(),
+            "clip_fraction_by_step": torch.stack(
+                [outside[k == step].mean() for step in k.unique()]
+            ),
+            "first_ratio_error": off_1.max(),
+        }
+
+    def state_dict(self):
+        """The rewards remembered."""
+        return {"statistics": self.statistics.state_dict()}
+
+    def load_state_dict(self, state):
+        """What `state_dict` gave."""
+        self.statistics.load_state_dict(state["statistics"])
+
+
+class DDPOScoreFunction(DDPO):
+    """DDPO_SF, Sec. 4.3: REINFORCE, one update an epoch."""
+
+    defaults = {"batch_size": 256}
+
+    @classmethod
+    def settle(cls, settings, given):
+        """A batch is the whole epoch."""
+        n, size = settings.samples_per_epoch, settings.batch_size
+        require(
+            size == n or "batch_size" not in given,
+            f"--batch-size {size}: ddpo-sf takes one update an epoch, so all its samples ({n})",
+        )
+        settings.batch_size = n
+        super().settle(settings, given)
+
+    def losses(self, policy, pairs):
+        """-> losses (b,), what is to be logged of each pair: its ratio should be 1."""
+        now, old = self.log_probs(policy, pairs)
+        losses = reinforce_loss(now, pairs.advantages)
+        return losses, {"k": pairs.k, "log_ratio": (now - old).detach()}
+
+
+class RWR(Algorithm):
+    """Reward-weighted regression on the policy's own samples. Sec. 4.2, D.2."""
+
+    defaults = {  # App. D.5; the last two are ours
+        "samples_per_epoch": 10_000,
+        "batch_size": 128,
+        "updates": 400,
+        "eval_every": 1,
+        "checkpoint_every": 1,
+    }
+
+    def record(self, trajectories):
+        """x_0 alone: 10,000 trajectories of SD v1.4 would take 36 GB."""
+        return trajectories.latents[:, -1].clone()
+
+    def weights(self, prompts, rewards):
+        """The weight of each sample's loss. prompts: N str, rewards (N,) -> (N,)."""
+        return rwr_weights(prompts, rewards, self.settings.beta)
+
+    def batches(self, policy, records, prompts, weights, name):
+        """Pass after pass over the samples of weight above 0, each in a new order.
+
+        Each batch has noise of its own, and timesteps of all the schedule's 1000, not only of
+        sampling's T; all are drawn from `name`. -> yields x_t, timesteps, cond, noise, weights.
+        """
+        updates, size = self.settings.updates, self.settings.batch_size
+        x_0, alphas_bar = gather(torch.cat(records)), policy.sampler.schedule.alphas_bar
+        rng, kept = np.random.default_rng(name), np.flatnonzero(weights)
+        passes = math.ceil(updates * size / len(kept))
+        order = np.concatenate([rng.permutation(kept) for _ in range(passes)])
+        for n in range(updates):
+            chosen = share(order[n * size : (n + 1) * size])
+            t = torch.from_numpy(share(rng.integers(len(alphas_bar), size=size))).to(policy.device)
+            noise = share(named_noise(x_0.shape[1:], size, *name, n)).to(policy.device)
+            x_t = add_noise(x_0[torch.from_numpy(chosen).to(x_0.device)], noise, alphas_bar[t])
+            cond = policy.embed([prompts[i] for i in chosen])
+            yield TensorDataset(x_t, t, cond, noise, weights[chosen].to(policy.device))
+
+    def losses(self, policy, rows):
+        """-> losses (b,), and nothing to be logged of each row."""
+        x_t, timesteps, cond, noise, weights = rows
+        guidance = 1.0 if self.settings.no_cfg_training else self.settings.guidance
+        eps = predict_noise(policy.network, x_t, timesteps, cond, policy.uncond(), guidance)
+        return denoising_loss(eps, noise, weights), {}
+
+
+class RWRSparse(RWR):
+    """RWR with weights of 0 and 1: the best samples of each prompt are kept. Sec. 4.2."""
+
+    def weights(self, prompts, rewards):
+        """1 for the samples that are kept, else 0. prompts: N str, rewards (N,) -> (N,)."""
+        return sparse_weights(prompts, rewards, self.settings.percentile)
+
+
+ALGORITHMS = {
+    "ddpo-is": DDPO,
+    "ddpo-sf": DDPOScoreFunction,
+    "rwr": RWR,
+    "rwr-sparse": RWRSparse,
+}
+
+
+def accumulate(policy, algorithm, batch, micro_batch, scaler):
+    """Gradients of the mean of a batch's losses, added up micro-batch by micro-batch.
+
+    The mean is over all processes' rows, len(batch) in each -> what was logged of this process's
+    rows {name: (n,)}, "loss" included.
+    """
+    parts, total = [], len(batch) * processes()[1]
+    for start in range(0, len(batch), micro_batch):  # nothing in this loop waits for the device
+        losses, logged = algorithm.losses(policy, batch[start : start + micro_batch])
+        scaler.scale(losses.sum() / total).backward()
+        parts.append({"loss": losses.detach(), **logged})
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def optimizer_step(policy, algorithm, optimizer, batch, micro_batch, max_grad_norm, scaler=None):
+    """One update of the weights, the same in all processes -> metrics {name: tensor}.
+
+    scaler: a GradScaler, for fp16; an update whose gradients overflow is skipped, its norm is 0.
+    grad_norm is the norm before clipping.
+    """
+    scaler = scaler or torch.amp.GradScaler(enabled=False)
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad(set_to_none=True)
+    logged = accumulate(policy, algorithm, batch, micro_batch, scaler)
+    sum_gradients(parameters)
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    if scaler.is_enabled():
+        grad_norm = torch.where(grad_norm.isfinite(), grad_norm, 0.0)
+    logged = {name: gather(values) for name, values in logged.items()}
+    return {"loss": logged["loss"].mean(), "grad_norm": grad_norm, **algorithm.metrics(logged)}
+
+
+def averaged(updates):
+    """The mean of each metric over an epoch's updates; of first_..., the first update's value.
+
+    updates: [{name: tensor}] -> {name: float, or list of floats}.
+    """
+    means = {}
+    for name, value in updates[0].items():
+        if not name.startswith("first_"):
+            value = torch.stack([metrics[name] for metrics in updates]).mean(0)
+        means[name] = value.tolist()
+    return means
+
+
+def alarms(lines, updates):
+    """What commonly goes wrong, seen early: the alarms that the last of a run's lines sets off.
+
+    lines: the metrics of every epoch so far, oldest first; updates: how many an epoch has
+    -> {name: what it means, what to try}. Thresholds: healthy runs of the zoo show clip fractions
+    of 3 to 20 %, and gradients within a factor of 3.
+    """
+    now, found = lines[-1], {}
+    values = [np.atleast_1d(v) for v in now.values() if isinstance(v, (int, float, list))]
+    if not np.isfinite(np.concatenate(values)).all():
+        return {"not finite": "not all metrics are finite numbers. Try a smaller --lr"}
+    error = now.get("first_ratio_error") or 0
+    if error > 1e-5:
+        found["ratio"] = (
+            f"the ratio is off 1 by {error:.1e} before the first update: training computes another "
+            "log-probability than sampling did. --micro-batch like --sample-batch? the precision?"
+        )
+    before = [line["grad_norm"] for line in lines[-21:-1] if line["grad_norm"]]  # 0: skipped
+    usual = np.median(before) if len(before) >= 3 else np.inf
+    if now["grad_norm"] > 10 * usual:
+        found["gradient"] = (
+            f"the gradient's norm, {now['grad_norm']:.2g}, is over 10 times what it was "
+            f"({usual:.2g}). Try a smaller --lr"
+        )
+    if updates > 1 and now["clip_fraction"] is not None and len(lines) >= 3:
+        # of the updates that can clip: in an epoch's first one all ratios are 1
+        share_outside = np.mean([line["clip_fraction"] for line in lines[-3:]])
+        share_outside *= updates / (updates - 1)
+        what = f"{share_outside:.1%} of ratios are outside the clip range after the first update: "
+        if share_outside < 0.001:
+            found["clipping"] = what + "the policy hardly moves. Try a larger --lr"
+        if share_outside > 0.9:
+            found["clipping"] = what + "it moves too far. Try a smaller --lr or wider --clip-range"
+    seen = [line for line in lines if line.get("eval_diversity")]
+    if seen and has_collapsed(seen[0], seen[-1]):
+        found["diversity"] = (
+            f"the reward rises while diversity falls ({seen[0]['eval_diversity']:.2f} -> "
+            f"{seen[-1]['eval_diversity']:.2f}): samples of a prompt grow alike. Look at samples/; "
+            "stop here, or try a smaller --lr or larger batches"
+        )
+    return found
+
+
+def has_collapsed(first, last):
+    """The reward up by half a deviation, and the diversity down to less than half?"""
+    risen = first["eval_reward_mean"] + 0.5 * first["eval_reward_std"]
+    fallen = 0.5 * first["eval_diversity"]
+    return last["eval_reward_mean"] > risen and last["eval_diversity"] < fallen
 
 
 def join(device):
@@ -196,202 +637,56 @@ def join(device):
     if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))           # a slow reward is no death
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # a slow reward is no death
         dist.barrier()
 
 
+def leave():
+    """Wait for the other processes, so that none ends before the last checkpoint is written."""
+    if dist.is_initialized():
+        with together():
+            dist.barrier()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def together():
+    """Where another process has died, all end: here, in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            f"another process has ended ({str(error).splitlines()[0]}); its own line says why, and "
+            "--resume goes on"
+        ) from error
+
+
 def processes():
-    """The number of this process, and of all -> (0, 1) without torchrun."""
+    """The number of this process, and of all -> (0, 1) where there is but one."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def share(items):
+    """This process's share of a list, an array or a tensor: every so many-th item."""
+    rank, world = processes()
+    return items[rank::world]
+
+
 def gather(mine):
-    """The rows of all processes, taken in turn: row 0 of each, row 1 of each ... mine (n, ...), the same n in each -> (n * processes, ...)."""
-    if processes()[1] == 1:
+    """All processes' rows, in the order that `share` dealt. (n, ...) -> (n * world, ...)."""
+    world = processes()[1]
+    if world == 1:
         return mine
-    parts = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(processes()[1])]
-    dist.all_gather(parts, mine.contiguous())
-    return torch.stack(parts, 1).flatten(0, 1)
+    parts = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(world)]
+    with together():
+        dist.all_gather(parts, mine.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)
 
 
-def everyones(mine, places):
-    """What all processes hold of an epoch's N samples, in the samples' order. mine (n, ...) on any device, places (n,): which they are of -> (N, ...)."""
-    moved = mine if processes()[1] == 1 else mine.to(places.device)             # NCCL gathers on the GPU alone
-    return gather(moved)[gather(places).argsort().to(moved.device)].to(mine.device)
-
-
-def training_order(count, name):
-    """The order in which an epoch trains on its samples. Process r of R draws and keeps order[r::R], of which each slice is its share of a minibatch."""
-    return np.random.default_rng(name).permutation(count)
-
-
-def step(unet, optimizer, losses_of, count, micro_batch, max_grad_norm, scaler=None, tick=None):
-    """One optimizer step on the mean of the losses of all processes, `count` in each, in micro-batches of any size: gradients add up to that of the whole.
-
-    losses_of(indices (b,)) -> losses (b,), {name: (b,)} to be logged. tick() is called after every micro-batch. scaler: a GradScaler, for fp16; an update
-    whose gradients overflow is skipped, and its norm is 0. -> {name: (count * processes,)} of what was logged and the losses; the norm before clipping.
-    """
-    parameters, rows, world = [p for p in unet.parameters() if p.requires_grad], [], processes()[1]
-    scaler = scaler or torch.amp.GradScaler(enabled=False)
-    optimizer.zero_grad(set_to_none=True)
-    for chunk in torch.arange(count, device=parameters[0].device).split(micro_batch):       # nothing in this loop waits for the device
-        losses, logged = losses_of(chunk)
-        scaler.scale(losses.sum() / (count * world)).backward()
-        rows.append({"loss": losses.detach(), **logged})
-        if tick:
-            tick()
-    if world > 1:
-        for p in parameters:
-            dist.all_reduce(p.grad)
-    scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    scaler.step(optimizer)
-    scaler.update()
-    grad_norm = torch.where(grad_norm.isfinite(), grad_norm, 0.0) if scaler.is_enabled() else grad_norm
-    return {name: gather(torch.cat([row[name] for row in rows])) for name in rows[0]}, grad_norm
-
-
-def update(unet, optimizer, scheduler, trajectories, minibatch, uncond, *, algorithm, eta, w, clip_range, **settings):
-    """DDPO's optimizer step on the samples `minibatch` (indices into this process's) with all their timesteps -> metrics (tensors, of all
-    processes; the README says what they mean).
-
-    Pairs (sample, timestep) are taken timestep by timestep; since all of them go into one gradient, their order and the size of the micro-batches
-    change nothing but rounding. With micro_batch = the rollout's batch the networks compute to the bit what they did in the rollout (CPU, fp32),
-    and ratios are exactly 1 before the first update. settings: those of `step`.
-    """
-    if algorithm not in ("ddpo-is", "ddpo-sf"):
-        raise ValueError(f"algorithm {algorithm!r}: ddpo-is or ddpo-sf")
-    T = len(trajectories.timesteps)
-    steps, samples = (index.flatten() for index in torch.meshgrid(
-        torch.arange(T, device=minibatch.device), minibatch, indexing="ij"))    # (T * B,), timestep by timestep
-
-    def losses_of(chunk):
-        i, k = samples[chunk], steps[chunk]
-        log_prob, log_prob_old, advantages = policy_log_prob(unet, scheduler, trajectories, i, k, uncond, eta, w), trajectories.log_probs[i, k], trajectories.advantages[i]
-        losses, ratio = ppo_loss(log_prob, log_prob_old, advantages, clip_range)
-        if algorithm == "ddpo-sf":
-            losses = reinforce_loss(log_prob, advantages)
-        return losses, {"ratio": ratio.detach(), "log_ratio": (log_prob - log_prob_old).detach()}
-
-    pairs, grad_norm = step(unet, optimizer, losses_of, len(steps), **settings)
-    ratio = pairs["ratio"].reshape(T, -1)
-    outside = ((ratio - 1).abs() > clip_range).float()
-    return {"loss": pairs["loss"].mean(), "grad_norm": grad_norm, "approx_kl": 0.5 * pairs["log_ratio"].square().mean(),
-            "clip_fraction": outside.mean(), "clip_fraction_by_step": outside.mean(1), "ratio_error": (ratio - 1).abs().max()}
-
-
-def improve(policy, optimizer, trajectories, batch_size, name, lrs, w, **settings):
-    """The updates of an epoch of DDPO: every sample once, in the `training_order` of `name`, `batch_size` samples an update.
-
-    lrs: the learning rate of each update; w: guidance in training, policy.w unless --no-cfg-training; settings: those of `update` -> its metrics as
-    floats, averaged; first_ratio_error is from the first.
-    """
-    (rank, world), row, metrics = processes(), {place: i for i, place in enumerate(trajectories.places.tolist())}, []
-    order = torch.tensor([row[place] for place in training_order(len(row) * world, name)[rank::world]], device=policy.device)
-    for minibatch, lr in zip(order.split(batch_size // world), lrs, strict=True):
-        optimizer.param_groups[0]["lr"] = lr
-        metrics.append(update(policy.unet, optimizer, policy.scheduler, trajectories, minibatch, policy.embed([""]), eta=policy.eta, w=w, **settings))
-    return {**averaged(metrics, without="ratio_error"), "first_ratio_error": metrics[0]["ratio_error"].item()}
-
-
-def averaged(metrics, without=""):
-    """The mean of each metric over an epoch's updates -> {name: float, or list of floats}."""
-    return {name: torch.stack([m[name] for m in metrics]).mean(0).tolist() for name in metrics[0] if name != without}
-
-
-def by_prompt(weight, prompts, rewards):
-    """weight(the rewards of one prompt (n,)) -> (n,), for each prompt by itself. prompts: B str, rewards (B,) -> (B,)."""
-    weights, prompts = torch.empty_like(rewards), np.array(prompts)
-    for prompt in np.unique(prompts):
-        mine = torch.from_numpy(prompts == prompt)
-        weights[mine] = weight(rewards[mine])
-    return weights
-
-
-def rwr_weights(prompts, rewards, beta):
-    """w_RWR of Sec. 4.2: exp(beta r) / Z(c), with Z(c) from the samples of the same prompt, so that a prompt's weights average 1.
-
-    n_c softmax(beta r) over the n_c samples of each prompt. beta: the inverse temperature, per unit of reward. prompts: B str, rewards (B,) -> (B,).
-    """
-    return by_prompt(lambda r: len(r) * torch.softmax(beta * r, 0), prompts, rewards)
-
-
-def sparse_weights(prompts, rewards, percentile):
-    """w_sparse of Sec. 4.2: 1[r >= C(c)], with C(c) a percentile, from 0 to 1, of the rewards of the same prompt. -> 0 or 1 each, (B,).
-
-    Of up to 10 samples a prompt, 0.9 leaves the best one (interpolating between neighbours; equals are all kept).
-    """
-    return by_prompt(lambda r: (r >= torch.quantile(r, percentile)).to(r), prompts, rewards)
-
-
-def denoising_loss(eps, noise, weights):
-    """RWR's loss: Eq. 1 in the form that predicts noise (Ho et al. 2020), without weights of timesteps, as in the authors' code.
-
-    weight ||noise - eps||^2 / D. eps, noise (B, 4, h, w); weights (B,) -> (B,).
-    """
-    return weights * (noise - eps).square().flatten(1).mean(1)
-
-
-def regress(policy, optimizer, x_0, prompts, weights, batch_size, name, lrs, w, **settings):
-    """The updates of an iteration of RWR (Sec. 4.2): the policy's own samples x_0 (N, 4, h, w), all processes', as data for weighted denoising training.
-
-    len(lrs) updates, pass after pass over the samples of weights (N,) above 0, each in a new order; each gets its own noise and a timestep of all
-    the schedule's 1000, not only sampling's T; all drawn from `name`. w: guidance in training (App. E.1), 1 with --no-cfg-training. settings: those
-    of `step` -> metrics.
-    """
-    (rank, world), rng, kept, uncond, metrics = processes(), np.random.default_rng(name), np.flatnonzero(weights.cpu()), policy.embed([""]), []
-    order = np.concatenate([rng.permutation(kept) for _ in range(-(-len(lrs) * batch_size // len(kept)))])
-    for n, lr in enumerate(lrs):
-        chosen = order[n * batch_size:(n + 1) * batch_size][rank::world]
-        i = torch.from_numpy(chosen).to(policy.device)
-        t = torch.from_numpy(rng.integers(len(policy.scheduler.alphas_bar), size=batch_size)[rank::world]).to(policy.device)
-        noise = named_noise(x_0.shape[1:], batch_size, *name, n)[rank::world].to(policy.device)
-        x_t, cond = add_noise(x_0[i], noise, policy.scheduler.alphas_bar[t]), policy.embed([prompts[j] for j in chosen])
-
-        def losses_of(chunk):
-            eps = predict_noise(policy.unet, x_t[chunk], t[chunk], cond[chunk], uncond, w)
-            return denoising_loss(eps, noise[chunk], weights[i[chunk]]), {}
-
-        optimizer.param_groups[0]["lr"] = lr
-        losses, grad_norm = step(policy.unet, optimizer, losses_of, batch_size // world, **settings)
-        metrics.append({"loss": losses["loss"].mean(), "grad_norm": grad_norm})
-    return averaged(metrics)
-
-
-def learn(policy, optimizer, trajectories, prompts, statistics, *, algorithm, batch_size, beta, percentile, clip_range, **settings):
-    """All updates of an epoch by any of the four algorithms: rewards weighed prompt by prompt, then `improve` or `regress` -> metrics, None where
-    an algorithm has none. trajectories: this process's; prompts: all."""
-    places, rewards = trajectories.places, everyones(trajectories.rewards, trajectories.places)
-    if algorithm in ("ddpo-is", "ddpo-sf"):
-        trajectories.advantages = normalize_advantages(rewards, *statistics.update(prompts, rewards))[places]
-        return improve(policy, optimizer, trajectories, batch_size, algorithm=algorithm, clip_range=clip_range, **settings)
-    weights = rwr_weights(prompts, rewards, beta) if algorithm == "rwr" else sparse_weights(prompts, rewards, percentile)
-    return {**dict.fromkeys(("approx_kl", "clip_fraction", "clip_fraction_by_step", "first_ratio_error")),
-            **regress(policy, optimizer, everyones(trajectories.latents[:, -1], places), prompts, weights, batch_size, **settings)}
-
-
-def alarms(lines, updates):
-    """What commonly goes wrong, seen early: the alarms that the last of a run's lines sets off -> {name: what it means, what to try}.
-
-    lines: the metrics of every epoch so far (the README defines them), oldest first. updates: how many of an epoch can have ratios off 1 (DDPO_IS:
-    all but the first; else 0). Thresholds: healthy runs of the zoo show clip fractions of 3 to 20 %, gradients within a factor of 3.
-    """
-    now, earlier, found = lines[-1], [line["grad_norm"] for line in lines[-21:-1] if line["grad_norm"]], {}            # 0: skipped, in fp16
-    numbers = [number for value in now.values() for number in (value if isinstance(value, list) else [value])]
-    if not all(np.isfinite(number) for number in numbers if isinstance(number, (int, float))):
-        return {"not finite": "not all metrics are finite numbers. Try a smaller --lr"}
-    if (now.get("first_ratio_error") or 0) > 1e-5:
-        found["ratio"] = (f"the ratio is off 1 by {now['first_ratio_error']:.1e} before the first update: training computes another log-probability than "
-                          "sampling did. Is guidance the same (--no-cfg-training)? --micro-batch like --sample-batch? the precision?")
-    if len(earlier) >= 3 and now["grad_norm"] > 10 * np.median(earlier):
-        found["gradient"] = f"the gradient's norm, {now['grad_norm']:.2g}, is over 10 times what it was ({np.median(earlier):.2g}). Try a smaller --lr"
-    fractions = [line["clip_fraction"] * (updates + 1) / updates for line in lines[-3:]] if updates else []         # of the updates that can clip
-    if len(fractions) == 3 and not 0.001 < np.mean(fractions) < 0.9:
-        found["clipping"] = (f"{np.mean(fractions):.1%} of ratios are outside the clip range after the first update: " + (
-            "the policy hardly moves. Try a larger --lr" if np.mean(fractions) < 0.5 else "the policy moves too far in an epoch. Try a smaller --lr, or a wider --clip-range"))
-    first, *later = [line for line in lines if line.get("eval_diversity")] or [None]
-    if later and later[-1]["eval_diversity"] < 0.5 * first["eval_diversity"] and (
-            later[-1]["eval_reward_mean"] > first["eval_reward_mean"] + 0.5 * first["eval_reward_std"]):
-        found["diversity"] = (f"the reward rises while diversity falls ({first['eval_diversity']:.2f} -> {later[-1]['eval_diversity']:.2f}): "
-                              "samples of a prompt grow alike. Look at samples/; stop here, or try a smaller --lr or larger batches")
-    return found
+def sum_gradients(parameters):
+    """Add up the gradients of all processes, in plain sight."""
+    if processes()[1] > 1:
+        with together():
+            for p in parameters:
+                dist.all_reduce(p.grad)

@@ -1,12 +1,19 @@
 """Fine-tune Stable Diffusion by reinforcement learning: `python train.py --reward aesthetic`.
 
-The wiring of the paper's algorithms (Sec. 4, App. D): each epoch draws prompts, samples pictures with the present policy, rewards them, weighs them
-prompt by prompt and takes some optimizer steps; all mathematics is in ddpo.py and scheduler.py.
-`torchrun --nproc-per-node 8 train.py ...` runs this program once a GPU: each process has a share of the samples, the first one writes.
+The paper's loop (Sec. 4, App. D): draw prompts, sample pictures with the present policy, reward
+them, weigh them prompt by prompt, take some optimizer steps. `one_epoch` is that loop, and what it
+calls follows; then settings, evaluation, checkpoints and pictures. The mathematics is in ddpo.py.
 
-Settings: the command line, else the `ddpo.json` in the model's folder, else the paper's Table D.5. Deviations from the paper, in the zoo's settings: with
---samples-per-prompt prompts repeat within an epoch; with --warmup lr rises over the first updates, for Adam's first steps move every weight by all of it.
+`torchrun --nproc-per-node 8 train.py ...` runs this program once a GPU: each process has its share
+of the samples, the first one writes.
+
+Settings: the command line, else the `ddpo.json` in the model's folder, else the paper's App. D.5.
+
+Deviations from the paper, in the zoo's settings and off by default: with --samples-per-prompt
+prompts repeat within an epoch, so that per-prompt statistics mean something at once; with --warmup
+lr rises over the first updates, for Adam's first steps move every weight by all of it.
 """
+
 import argparse
 import dataclasses
 import json
@@ -16,384 +23,801 @@ import shutil
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import ddpo
-from rewards import REWARDS, checked, choose_device, clip_embedder, diversity, draw_prompts, load_prompts, loading, locate, make_reward, spread_prompts
-from scheduler import Scheduler
-from unet import VAE, UNet, add_lora, load, load_lora, save, save_lora
+from ddpo import ALGORITHMS, gather, share
+from rewards import REWARDS, checked, clip_embedder, diversity, load_object, make_reward
+from scheduler import NoiseSchedule, Sampler, UserError, require
+from unet import (
+    VAE,
+    UNet,
+    add_lora,
+    load,
+    load_lora,
+    loading,
+    locate,
+    save,
+    save_lora,
+    save_tensors,
+)
 
-ZOO = Path(__file__).parent / "tutorial" / "zoo" / "stable-diffusion"
-ALGORITHMS = {"ddpo-is": {"batch_size": 64}, "ddpo-sf": {"batch_size": 256}, **dict.fromkeys(["rwr", "rwr-sparse"], {       # Table D.5: what depends on the algorithm
-    "samples_per_epoch": 10_000, "batch_size": 128, "updates": 400, "eval_every": 1, "checkpoint_every": 1})}
-PROMPTS = {"aesthetic": {"prompts": "common-animals"}, "alignment": {"prompts": "animal-activities"}}         # Sec. 6: and on the reward
+HERE = Path(__file__).parent
+ZOO = HERE / "tutorial" / "zoo" / "stable-diffusion"
+PROMPT_SETS = HERE / "tutorial" / "prompts"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-EVALUATION = 2**31                                  # stands for the epoch in the names of the fixed evaluation noises
-option = lambda default, help, **more: dataclasses.field(default=default, metadata={"help": help, **more})             # noqa: E731
-progress = lambda text, unit, total: tqdm(desc=text, unit=unit, total=total, leave=False, disable=True if ddpo.processes()[0] else None)             # noqa: E731
+EVALUATION = 2**31  # stands for the epoch in the names of the fixed evaluation noises
+
+
+def one_epoch(run, epoch):
+    """Sample, reward, weigh, update: one round of the paper's loop -> metrics."""
+    clock = [time.time()]
+    prompts = prompts_of_epoch(run, epoch)
+    records, images = roll_out(run, prompts, epoch)
+    clock.append(time.time())
+
+    rewards = score(run, images, prompts, epoch)
+    observed = observe(run, rewards, images, prompts)
+    del images  # 7.9 GB in a round of RWR on SD v1.4
+    clock.append(time.time())
+
+    weights = run.algorithm.weights(prompts, torch.from_numpy(rewards).float())
+    learned = train_epoch(run, records, prompts, weights, epoch)
+    clock.append(time.time())
+
+    parts = ("seconds_sampling", "seconds_reward", "seconds_training")
+    return {**observed, **learned, **dict(zip(parts, np.diff(clock).round(3).tolist()))}
+
+
+def prompts_of_epoch(run, epoch):
+    """The prompts of all processes' samples, drawn by the name of the epoch -> list of str."""
+    c = run.config
+    rng = np.random.default_rng([c.seed, epoch])
+    return draw_prompts(run.prompts, c.samples_per_epoch, c.samples_per_prompt, rng)
+
+
+def roll_out(run, prompts, epoch):
+    """Sample this process's share of the pictures -> records for training, images."""
+    records, images = [], []
+    for trajectories, drawn in draw(run, prompts, epoch, f"epoch {epoch}: sampling"):
+        records.append(run.algorithm.record(trajectories))
+        images.append(drawn)
+    return records, np.concatenate(images)
+
+
+def draw(run, prompts, epoch, description):
+    """This process's share of the pictures -> yields Trajectories, images uint8 (b, H, W, 3)."""
+    c = run.config
+    run.optimizer.zero_grad()  # the last update's gradients make room: 3.4 GB of SD v1.4
+    names = [(c.seed, epoch, i) for i in share(range(len(prompts)))]
+    batches = math.ceil(len(names) / c.sample_batch)
+    with progress(description, "step", batches * c.steps) as bar:
+        yield from run.policy.sample(share(prompts), names, c.sample_batch, bar.update)
+
+
+def score(run, images, prompts, epoch):
+    """The rewards of all processes' pictures, float64 (N,).
+
+    What the reward shows of this process's own, of eight an epoch, goes to descriptions.jsonl.
+    """
+    mine = share(prompts)
+    scores, shown = checked(run.reward, images, mine)
+    if shown and ddpo.processes()[0] == 0:
+        lines = read_lines(run.out / "descriptions.jsonl")
+        for i in range(0, len(mine), math.ceil(len(mine) / 8)):
+            more = {name: values[i] for name, values in shown.items()}
+            lines.append({"epoch": epoch, "prompt": mine[i], "score": scores[i], **more})
+        write_json(run.out / "descriptions.jsonl", lines)
+    return gathered(scores)
+
+
+def gathered(values):
+    """`ddpo.gather` of a numpy array or a tensor -> numpy array."""
+    return gather(torch.as_tensor(values)).numpy()
+
+
+def observe(run, rewards, images, prompts):
+    """What is to be seen of an epoch's pictures and rewards -> metrics."""
+    spread = diversity(gathered(run.clip(images)), prompts) if run.clip else None
+    return {"reward_mean": rewards.mean(), "reward_std": rewards.std(), "diversity": spread}
+
+
+def train_epoch(run, records, prompts, weights, epoch):
+    """The optimizer steps of an epoch -> their metrics, averaged; None: there are no ratios."""
+    c, policy, algorithm, optimizer = run.config, run.policy, run.algorithm, run.optimizer
+    name, updates = [c.seed, epoch, 1], []
+    with progress(f"epoch {epoch}: training", "update", c.updates) as bar:
+        for batch in algorithm.batches(policy, records, prompts, weights, name):
+            number = epoch * c.updates + len(updates) + 1
+            optimizer.param_groups[0]["lr"] = c.lr * min(1, number / (c.warmup + 1))
+            limits = (c.micro_batch, c.max_grad_norm, run.scaler)
+            updates.append(ddpo.optimizer_step(policy, algorithm, optimizer, batch, *limits))
+            bar.update()
+    ratios = ("approx_kl", "clip_fraction", "clip_fraction_by_step", "first_ratio_error")
+    return {**dict.fromkeys(ratios), **ddpo.averaged(updates)}
+
+
+def setting(default, help, rules="", least=None):
+    """A field of `Config` with its rules, which are words.
+
+    free: it may differ after --resume. user: a model's ddpo.json may not set it.
+    least: the smallest number it may be; by default any above 0.
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": help, "rules": rules, "least": least}
+    )
 
 
 @dataclasses.dataclass
 class Config:
-    """Every setting, flat. Defaults are the paper's (Table D.5, DDPO_IS) where it has one."""
-    reward: str = option("aesthetic", f"what to maximise: {', '.join(REWARDS)}, or file.py:function")
-    algorithm: str = option("ddpo-is", "policy gradient (importance sampling, score function) or reward-weighted regression", choices=list(ALGORITHMS))
-    model: str = option("auto", "auto, zoo, a hub id or a diffusers folder; auto: SD v1.4 on a CUDA GPU, else the zoo")
-    prompts: str = option("imagenet-animals", "a named set (imagenet-animals, common-animals, animal-activities) or a text file, one prompt a line")
-    epochs: int = option(50, "rounds of sampling and training")
-    samples_per_epoch: int = option(256, "pictures sampled and rewarded an epoch (paper: 256; RWR 10,000)")
-    samples_per_prompt: int = option(1, "pictures of each prompt drawn in an epoch (paper: prompts drawn independently, 1)")
-    steps: int = option(50, "denoising steps T (paper: 50)")
-    eta: float = option(1.0, "DDIM's noise: 1 as DDPM, the paper's; 0 has no policy gradient")
-    guidance: float = option(5.0, "guidance weight w (paper: 5.0)")
-    lr: float = option(1e-5, "AdamW's learning rate (paper: 1e-5)")
-    warmup: int = option(0, "optimizer updates over which lr rises to its value: Adam's first steps are its wildest (paper: 0)")
-    weight_decay: float = option(1e-4, "AdamW's weight decay (paper: 1e-4)")
-    max_grad_norm: float = option(1.0, "gradient clipping (paper: 1.0)")
-    clip_range: float = option(1e-4, "DDPO_IS: how far a ratio may leave 1 (paper: 1e-4, at 512 x 512)")
-    batch_size: int = option(None, "pictures an optimizer update (paper: 64; DDPO_SF 256; RWR 128)")
-    updates: int = option(None, "RWR: optimizer updates an epoch (paper: 400); DDPO takes each picture once")
-    beta: float = option(0.2, "RWR: inverse temperature of the weights, per unit of reward (paper: 0.2)")
-    percentile: float = option(0.9, "RWR-sparse: the percentile of a prompt's rewards from which on pictures are kept (paper: 0.9)")
-    no_cfg_training: bool = option(False, "train the plain conditional prediction; sampling stays guided (ablation, App. E.1)")
-    micro_batch: int = option(8, "(picture, timestep) pairs a forward and backward pass; no effect on results")
-    sample_batch: int = option(8, "pictures sampled at a time; no effect on results")
-    precision: str = option("fp32", "of the networks' arithmetic; trained weights, log-probs and losses are always fp32 (authors: fp16)", choices=list(PRECISIONS))
-    grad_checkpointing: bool = option(False, "compute activations again in the backward pass: far less memory, about a third more time")
-    lora_rank: int = option(0, "train a LoRA of this rank on the attention layers instead of the whole UNet; lr is then 3e-4 (App. C)")
-    history_size: int = option(32, "rewards remembered of each prompt, to normalise by (paper: 32)")
-    min_count: int = option(16, "rewards of a prompt before its own statistics are used (paper: 16)")
-    eval_every: int = option(5, "evaluate on the fixed prompts and noises every so many epochs")
-    eval_samples: int = option(64, "fixed evaluation pictures")
-    checkpoint_every: int = option(10, "write a checkpoint every so many epochs, and at the end; the last two are kept")
-    metrics: str = option("compressibility", "rewards to watch beside --reward on the fixed pictures, separated by commas")
-    clip: str = option("openai/clip-vit-large-patch14", "CLIP, for the aesthetic reward and for diversity")
-    aesthetic_head: str = option("trl-lib/ddpo-aesthetic-predictor", "LAION's predictor on CLIP's embeddings: hub id, folder or file")
-    vlm: str = option("llava-hf/llava-1.5-7b-hf", "LLaVA that describes pictures for the alignment reward")
-    vlm_url: str = option(None, "a server to describe them instead (OpenAI chat-completions API): http://HOST:PORT/v1")
-    vlm_question: str = option("Answer concisely: what is going on in this image?", "what it is asked")
-    bert: str = option("microsoft/deberta-xlarge-mnli", "encoder of BERTScore, which compares description and prompt")
-    bert_layer: int = option(40, "its layer (bert-score's choice for deberta-xlarge-mnli: 40)")
-    reward_device: str = option(None, "where reward models run, beside the sampling of the next batch; default: --device")
-    seed: int = option(0, "seed of everything random")
-    device: str = option("auto", "cuda, cpu, mps ...; auto: cuda where there is one")
-    out: str = option(None, "the run's folder; by default a new one in runs/")
-    resume: bool = option(False, "go on from the newest checkpoint in --out")
-    debug: bool = option(False, "full tracebacks instead of one line")
+    """Every setting, flat. Defaults are the paper's (App. D.5, DDPO_IS) where it has one."""
+
+    reward: str = setting("aesthetic", f"{', '.join(REWARDS)}, or file.py:function", "user")
+    algorithm: str = setting("ddpo-is", f"{', '.join(ALGORITHMS)}, or file.py:Class", "user")
+    set: list = setting(
+        None, "name=value: a setting of the algorithm's own; may be repeated", "user"
+    )
+    model: str = setting(
+        "auto", "auto, zoo, a hub id, or a folder in diffusers' layout", "user free"
+    )
+    prompts: str = setting("imagenet-animals", "a named set, or a text file, one prompt a line")
+
+    epochs: int = setting(50, "rounds of sampling and training", "free")
+    samples_per_epoch: int = setting(256, "pictures an epoch (paper: 256; RWR 10,000)")
+    samples_per_prompt: int = setting(1, "pictures of each prompt in an epoch (paper: 1)")
+    steps: int = setting(50, "denoising steps T (paper: 50)")
+    eta: float = setting(1.0, "DDIM's noise: 1 as DDPM; 0 has no policy gradient", least=0)
+    guidance: float = setting(5.0, "guidance weight w (paper: 5.0)", least=0)
+    lr: float = setting(1e-5, "AdamW's learning rate (paper: 1e-5; LoRA 3e-4)", "free")
+    warmup: int = setting(0, "updates over which lr rises to its value (paper: 0)", least=0)
+    weight_decay: float = setting(1e-4, "AdamW's weight decay (paper: 1e-4)", least=0)
+    max_grad_norm: float = setting(1.0, "gradient clipping (paper: 1.0)")
+    clip_range: float = setting(1e-4, "DDPO_IS: how far a ratio may leave 1 (paper: 1e-4)")
+    batch_size: int = setting(None, "pictures an update (paper: 64; DDPO_SF 256; RWR 128)")
+    updates: int = setting(None, "RWR: updates an epoch (paper: 400); DDPO: each picture once")
+    beta: float = setting(0.2, "RWR: inverse temperature, per unit of reward (paper: 0.2)")
+    percentile: float = setting(0.9, "RWR-sparse: keep a prompt's rewards from it on", least=0)
+    no_cfg_training: bool = setting(False, "RWR: train the unguided prediction (App. E.1)")
+    history_size: int = setting(32, "rewards of a prompt to normalise by (code: 32)")
+    min_count: int = setting(16, "rewards of a prompt before they are used for it (code: 16)")
+
+    lora_rank: int = setting(0, "train a LoRA of this rank, not the UNet (App. C)", "user", least=0)
+    precision: str = setting("fp32", "of the networks' arithmetic: fp32, bf16, fp16", "user")
+    grad_checkpointing: bool = setting(False, "less memory, a third more time", "free")
+    micro_batch: int = setting(8, "pairs a pass; best like --sample-batch (ratios)", "free")
+    sample_batch: int = setting(8, "pictures sampled at a time", "free")
+
+    eval_every: int = setting(5, "epochs between evaluations")
+    eval_samples: int = setting(64, "fixed evaluation pictures, of fixed noises", least=2)
+    checkpoint_every: int = setting(10, "epochs between checkpoints; the last two are kept")
+    metrics: str = setting("compressibility", "other rewards to watch, separated by commas")
+
+    clip: str = setting("openai/clip-vit-large-patch14", "CLIP: aesthetic, diversity", "free")
+    aesthetic_head: str = setting("trl-lib/ddpo-aesthetic-predictor", "LAION's predictor", "free")
+    vlm: str = setting("llava-hf/llava-1.5-7b-hf", "LLaVA, for the alignment reward", "free")
+    vlm_url: str = setting(None, "or a chat-completions server: http://HOST:PORT/v1", "user free")
+    vlm_question: str = setting("Answer concisely: what is going on in this image?", "its question")
+    bert: str = setting("microsoft/deberta-xlarge-mnli", "BERTScore's encoder", "free")
+    bert_layer: int = setting(40, "its layer (bert-score: 40)")
+    reward_device: str = setting(None, "for reward models, beside the sampling", "user free")
+
+    seed: int = setting(0, "of everything random", "user", least=0)
+    device: str = setting("auto", "cuda, cpu, mps ...; auto: cuda where there is one", "user free")
+    out: str = setting(None, "the run's folder; by default a new one in runs/", "user free")
+    resume: bool = setting(False, "go on from the newest checkpoint in --out", "user free")
+    debug: bool = setting(False, "tracebacks instead of one line", "user free")
+
+
+HEADINGS = {  # of --help, and the first setting below each
+    "reward": "what to learn",
+    "epochs": "the paper's numbers",
+    "lora_rank": "memory and speed",
+    "eval_every": "evaluation and checkpoints",
+    "clip": "reward models: a folder or a hub id each",
+    "seed": "the run",
+}
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+PATHS = ("prompts", "metrics", "clip", "aesthetic_head", "vlm", "bert")  # "../" in a ddpo.json
+PROMPTS_OF_REWARD = {  # Sec. 6
+    "aesthetic": {"prompts": "common-animals"},
+    "alignment": {"prompts": "animal-activities"},
+}
+
+
+def flag(name):
+    """samples_per_epoch -> --samples-per-epoch."""
+    return "--" + name.replace("_", "-")
 
 
 def parse(argv):
     """Command line -> the options given there, as {name: value}."""
-    parser = argparse.ArgumentParser(description="Fine-tune Stable Diffusion by reinforcement learning (DDPO).", argument_default=argparse.SUPPRESS)
-    for f in dataclasses.fields(Config):
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "metavar": None if "choices" in f.metadata else f.type.__name__}
-        parser.add_argument("--" + f.name.replace("_", "-"), **f.metadata, **kind)
+    parser = argparse.ArgumentParser(
+        description="Fine-tune Stable Diffusion by reinforcement learning (DDPO).",
+        argument_default=argparse.SUPPRESS,
+    )
+    kinds = {bool: {"action": "store_true"}, list: {"action": "append"}}
+    for name, f in FIELDS.items():
+        if name in HEADINGS:
+            group = parser.add_argument_group(HEADINGS[name])
+        options = kinds.get(f.type, {"type": f.type, "metavar": f.type.__name__})
+        default = f" [{f.default}]" if f.default not in (None, False) else ""
+        group.add_argument(flag(name), help=f.metadata["help"] + default, **options)
     return vars(parser.parse_args(argv))
 
 
-def model_settings(folder):
-    """The model's own ddpo.json: {"all": {...}, and by reward, algorithm or "lora"}, checked -> dict of dicts; {} where there is none."""
+def model_settings(folder, given):
+    """The model's own ddpo.json: {"all": {...}, and by reward, algorithm or "lora"}.
+
+    {} where there is none. What `given` overrides is not looked at. Raises UserError.
+    """
     path, known = folder / "ddpo.json", ["all", *REWARDS, *ALGORITHMS, "lora"]
-    fixed = {"reward", "algorithm", "model", "lora_rank", "precision", "vlm_url", "reward_device", "seed", "device", "out", "resume", "debug"}
-    types = {f.name: {f.type, int} if f.type is float else {f.type} for f in dataclasses.fields(Config) if f.name not in fixed}
-    try:
-        own = json.loads(path.read_text()) if path.is_file() else {}
-        if not set(own) <= set(known) or not all(isinstance(part, dict) for part in own.values()):
-            raise ValueError("unknown sections")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f'{path}: needed is JSON such as {{"all": {{"steps": 20}}}}, of sections {", ".join(known)} ({error})') from None
-    for part, name, value in [(part, *item) for part in own.values() for item in part.items()]:
-        if type(value) not in types.get(name, ()):
-            raise ValueError(f"{path} sets {name} = {value!r}: no setting of a model, or not of its type")
-        if type(value) is str:                              # paths are relative to the model's folder
-            if ".py:" in value and folder.resolve() != ZOO.resolve():
-                raise ValueError(f"{path} sets {name} = {value!r}: a model's settings may run no code; give --{name} yourself")
-            part[name] = ",".join(str((folder / item).resolve()) if item.startswith("../") else item for item in value.split(","))
+    own = read_json(path) if path.is_file() else {}
+    require(
+        isinstance(own, dict) and set(own) <= set(known) and {*map(type, own.values())} <= {dict},
+        f'{path}: needed is JSON such as {{"all": {{"steps": 20}}}}, of {", ".join(known)}',
+    )
+    settings = [item for part in own.values() for item in part.items() if item[0] not in given]
+    for name, value in settings:
+        f = FIELDS.get(name)
+        kinds = (int, float) if f and f.type is float else (f and f.type,)
+        require(
+            type(value) in kinds and "user" not in f.metadata["rules"],
+            f"{path} sets {name} = {value!r}: no setting of a model, or not of its type",
+        )
+        require(
+            ".py:" not in str(value) or folder.resolve() == ZOO.resolve(),
+            f"{path} sets {name} = {value!r}: a model's settings may run no code; "
+            f"give {flag(name)} yourself",
+        )
     return own
 
 
-def resolve(given, folder):
-    """The whole Config: the command line over the model's ddpo.json over the paper's table. Raises ValueError, one line."""
-    own = model_settings(folder)
-    reward, algorithm = given.get("reward", Config.reward), given.get("algorithm", Config.algorithm)
-    paper, lora = ({"lr": 3e-4}, own.get("lora", {})) if given.get("lora_rank") else ({}, {})           # App. C
-    c = Config(**{**ALGORITHMS[algorithm], **PROMPTS.get(reward, {}), **paper, **own.get("all", {}), **own.get(reward, {}), **own.get(algorithm, {}), **lora, **given})
-    c.batch_size = c.samples_per_epoch if algorithm == "ddpo-sf" and "batch_size" not in given else c.batch_size
-    ddpo_, n, size, world = algorithm.startswith("ddpo"), c.samples_per_epoch, c.batch_size, ddpo.processes()[1]
-    for f in dataclasses.fields(Config):
-        value = getattr(c, f.name)
-        least = {"seed": 0, "eta": 0, "percentile": 0, "weight_decay": 0, "warmup": 0, "guidance": 0, "lora_rank": 0, "eval_samples": 2}.get(f.name, 1e-12)
-        if f.type in (int, float) and not (value is None and ddpo_) and not (math.isfinite(value) and value >= least):
-            raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be finite and {f'at least {least}' if least != 1e-12 else 'above 0'}")
-    for bad, why in [
-            (c.eta > 1 or (ddpo_ and c.eta == 0), f"--eta {c.eta:g}: at most 1, and for DDPO above 0, as a step without noise has no policy gradient"),
-            (c.percentile > 1, f"--percentile {c.percentile:g}: between 0 (keep all) and 1 (keep the best)"),
-            (c.min_count > c.history_size, f"--min-count {c.min_count} is more than --history-size {c.history_size}: no prompt would ever have enough"),
-            (n % c.samples_per_prompt, f"--samples-per-epoch {n} must be a multiple of --samples-per-prompt ({c.samples_per_prompt})"),
-            (n % world or size % world or c.eval_samples // 2 * 2 % world,
-             f"--samples-per-epoch {n}, --batch-size {size} and --eval-samples {c.eval_samples // 2 * 2} must be multiples of the number of processes, {world}"),
-            (algorithm == "ddpo-sf" and size != n, f"--batch-size {size}: ddpo-sf takes one update an epoch, so all its samples ({n})"),
-            (ddpo_ and n % size, f"--samples-per-epoch {n} must be a multiple of --batch-size ({size})"),
-            (ddpo_ and c.updates not in (None, n // size), f"--updates {c.updates}: {algorithm} takes each picture once, {n // size} updates of --batch-size {size}")]:
-        if bad:
-            raise ValueError(why)
-    return dataclasses.replace(c, updates=c.updates or n // size)
+def merge(given, folder, algorithm):
+    """The command line over the model's ddpo.json over the paper's numbers -> Config."""
+    own = model_settings(folder, given)
+    reward, name = given.get("reward", Config.reward), given.get("algorithm", Config.algorithm)
+    paper = {**algorithm.defaults, **PROMPTS_OF_REWARD.get(reward, {})}
+    parts = ["all", reward, name]
+    if given.get("lora_rank"):
+        paper["lr"] = 3e-4  # App. C
+        parts.append("lora")
+    layers = [paper, *[own.get(part, {}) for part in parts], given]
+    return Config(**{key: value for layer in layers for key, value in layer.items()})
 
 
-def load_policy(folder, device, config):
-    """A Stable Diffusion folder -> ddpo.Policy. Trained weights are float32, frozen ones may be half; autocast is around the networks alone, the rest is float32."""
-    from transformers import CLIPTextModel, CLIPTokenizer
-    dtype, half = PRECISIONS[config.precision], config.precision != "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = half             # fp32 is fp32; else what stays float32 may use TF32
-    unet, vae = load(UNet, folder / "unet", dtype if config.lora_rank else torch.float32), load(VAE, folder / "vae", dtype).requires_grad_(False)
-    unet.gradient_checkpointing = config.grad_checkpointing
-    unet = add_lora(unet, config.lora_rank, config.seed) if config.lora_rank else unet
-    unet, vae = unet.to(device, memory_format=torch.channels_last if device.type == "cuda" else None), vae.to(device, memory_format=torch.channels_last)
-    tokenizer = loading("--model", folder, CLIPTokenizer, folder / "tokenizer")
-    encoder = loading("--model", folder, CLIPTextModel, folder / "text_encoder", dtype=dtype).to(device).requires_grad_(False)
-    if half:
-        unet.forward, vae.decode = (torch.autocast(device.type, dtype)(function) for function in (unet.forward, vae.decode))
-    return ddpo.Policy(unet, vae, Scheduler.from_folder(folder / "scheduler").to(device), tokenizer, encoder, device, config.steps, config.eta, config.guidance)
+def check(config, given, algorithm):
+    """Fill in what the algorithm decides, and refuse what cannot be. Raises UserError."""
+    c, world = config, ddpo.processes()[1]
+    for name, f in FIELDS.items():
+        value, least = getattr(c, name), f.metadata["least"]
+        if f.type in (int, float) and value is not None:
+            bound = "above 0" if least is None else f"at least {least}"
+            fits = math.isfinite(value) and (value > 0 if least is None else value >= least)
+            require(fits, f"{flag(name)} {value}: must be finite and {bound}")
+    algorithm.settle(c, given)
+    n, per_prompt = c.samples_per_epoch, c.samples_per_prompt
+    pictures = c.eval_samples // 2 * 2
+    require(c.precision in PRECISIONS, f"--precision {c.precision}: fp32, bf16 or fp16")
+    require(c.eta <= 1, f"--eta {c.eta:g}: at most 1")
+    require(c.percentile <= 1, f"--percentile {c.percentile:g}: from 0 (keep all) to 1 (the best)")
+    require(
+        c.min_count <= c.history_size,
+        f"--min-count {c.min_count} is more than --history-size {c.history_size}: "
+        "no prompt would ever have enough",
+    )
+    require(
+        n % per_prompt == 0,
+        f"--samples-per-epoch {n} must be a multiple of --samples-per-prompt ({per_prompt})",
+    )
+    require(
+        n % world == c.batch_size % world == pictures % world == 0,
+        f"--samples-per-epoch {n}, --batch-size {c.batch_size} and --eval-samples {pictures} "
+        f"must be multiples of the number of processes, {world}",
+    )
 
 
-def draw(run, prompts, places, epoch, description, each=None, whole=False):
-    """Sample this process's pictures, those of `places` among the prompts -> Trajectories, images, a function: `ddpo.everyones` of numpy arrays (n, ...)."""
-    run.optimizer.zero_grad()                           # the last update's gradients make room: 3.4 GB of SD v1.4
-    with progress(description, "step", -(-len(places) // run.config.sample_batch) * run.config.steps) as bar:
-        trajectories, images = run.policy.sample(prompts, (run.config.seed, epoch), run.config.sample_batch, bar.update, each, whole, places)
-    return trajectories, images, lambda values: ddpo.everyones(torch.as_tensor(values), trajectories.places).numpy()
-
-
-def evaluate(run, epoch):
-    """Reward the fixed prompts and noises; write the grid of pictures and the figures behind it -> metrics."""
-    (rank, world), c, prompts = ddpo.processes(), run.config, 2 * spread_prompts(run.prompts, run.config.eval_samples // 2)           # two of each, for the diversity
-    _, images, of_all = draw(run, prompts, range(len(prompts))[rank::world], EVALUATION, "evaluating")
-    scores = {name: of_all(checked(reward, images, prompts[rank::world])[0]) for name, reward in {"reward": run.reward, **run.watched}.items()}
-    spread, images = diversity(of_all(run.clip(images)), prompts) if run.clip else None, of_all(images)
-    if rank:
-        return {}
-    side, tile = math.ceil(len(images) ** 0.5), min(images.shape[1], 256)
-    grid = Image.new("RGB", (side * tile, -(-len(images) // side) * tile))
-    [grid.paste(Image.fromarray(image).resize((tile, tile)), (i % side * tile, i // side * tile)) for i, image in enumerate(images)]
-    grid.save(run.out / "samples" / f"epoch_{epoch:04d}.png")
-    write_json(run.out / "samples" / f"epoch_{epoch:04d}.json", {"epoch": epoch, "prompts": prompts, "rewards": scores["reward"].tolist(),
-                                                                 **{name: scores[name].tolist() for name in run.watched}})
-    base = np.array(json.loads((run.out / "samples" / "epoch_0000.json").read_text())["rewards"])
-    gain, error = (scores["reward"] - base).mean(), (scores["reward"] - base).std(ddof=1) / len(base) ** 0.5
-    return {"eval_queries": epoch * c.samples_per_epoch, "eval_diversity": spread, "eval_gain_sd": gain / max(base.std(), 1e-12),
-            "eval_gain_se": gain / max(error, 1e-12), **{f"eval_{name}_{kind}": getattr(s, kind)() for name, s in scores.items() for kind in ("mean", "std")}}
-
-
-def write_checkpoint(run, epoch):
-    """checkpoints/000012: a diffusers UNet, or its LoRA alone; the optimizer; the rest as JSON. Written aside, renamed when whole."""
-    aside = run.out / "checkpoints" / f"{epoch:06d}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_lora(run.policy.unet, aside) if run.config.lora_rank else save(run.policy.unet, aside / "unet")
-    state = run.optimizer.state_dict()["state"]
-    save_file({f"{i}.{name}": value.cpu().contiguous() for i, values in state.items() for name, value in values.items()}, aside / "optimizer.safetensors")
-    (aside / "state.json").write_text(json.dumps({"epoch": epoch, "statistics": run.statistics.state_dict(), "scaler": run.scaler.state_dict()}))
-    os.replace(aside, aside.with_suffix(""))
-    for old in run.checkpoints()[:-2]:
-        shutil.rmtree(old)
-
-
-def read_checkpoint(run):
-    """Everything back from the newest whole checkpoint -> the epochs behind it; 0 where there is none yet."""
-    if not (found := run.checkpoints()):
-        return 0
-    unet, parameters, state = run.policy.unet, run.optimizer.param_groups[0]["params"], {}
-    try:
-        load_lora(unet, found[-1]) if run.config.lora_rank else unet.load_state_dict(load(UNet, found[-1] / "unet").state_dict())
-        with safe_open(found[-1] / "optimizer.safetensors", "pt") as file:
-            for (i, name), value in ((key.split("."), file.get_tensor(key)) for key in file.keys()):             # moments are laid out in memory as their
-                state.setdefault(int(i), {})[name] = torch.empty_like(parameters[int(i)]).copy_(value) if value.ndim else value         # parameter is; `step` is a scalar
-        run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": state})
-        rest = json.loads((found[-1] / "state.json").read_text())
-        run.statistics.load_state_dict(rest["statistics"]), run.scaler.load_state_dict(rest.get("scaler", {}))
-        print(f"resuming from {found[-1]}")
-        return rest["epoch"]
-    except Exception as error:                          # whatever a broken file raises
-        raise ValueError(f"{found[-1]} cannot be read ({error}); if it is broken, delete it to go on from the checkpoint before") from None
-
-
-def write_json(path, value):
-    """A list as lines, anything else as one document. Aside, then renamed: readers find the old text or the new, never half of one."""
-    text = "".join(json.dumps(line, default=str) + "\n" for line in value) if isinstance(value, list) else json.dumps(value, indent=1) + "\n"
-    (aside := path.with_name(path.name + ".tmp")).write_text(text)
-    aside.replace(path)
-
-
-def read_lines(path, before=math.inf):
-    """The whole lines of a .jsonl file, up to an epoch -> list of dicts."""
-    whole = [text for text in path.read_text().splitlines() if text.endswith("}")] if path.is_file() else []
-    return [line for line in map(json.loads, whole) if line["epoch"] < before]
-
-
-def write_metrics(run, metrics, evaluation):
-    """Add the epoch's line to metrics.jsonl with the alarms it sets off; print it, and the new alarms; stop the run at a number that is not finite."""
-    before, line = read_lines(path := run.out / "metrics.jsonl"), {**evaluation, **metrics}             # the first line keeps the base model's evaluation
-    found = ddpo.alarms([*before, line], run.config.updates - 1 if run.config.algorithm == "ddpo-is" else 0)
-    clean = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()}
-    write_json(path, [*before, {**clean, "warnings": list(found)}])
-    moved = "kl {approx_kl:.1e}  clipped {clip_fraction:4.0%}  " if line["approx_kl"] is not None else ""
-    print(("epoch {epoch:3d}  queries {reward_queries:6d}  reward {reward_mean:8.3f} +- {reward_std:.3f}  " + moved + "grad {grad_norm:.2g}  {seconds:.0f} s").format(
-        **line, seconds=sum(line[name] for name in line if name.startswith("seconds"))), flush=True)
-    if evaluation:
-        print("    fixed pictures: {eval_reward_mean:.3f} +- {eval_reward_std:.3f}, a gain of {eval_gain_sd:.2f} standard deviations of the base model's "
-              "rewards = {eval_gain_se:.1f} paired standard errors".format(**evaluation), flush=True)
-    for name in set(found) - set(before[-1].get("warnings", []) if before else []):
-        print(f"warning ({name}), epoch {line['epoch']}: {found[name]}", flush=True)
-    if "not finite" in found:
-        raise ValueError(f"epoch {line['epoch']}: {found['not finite']}, " + (
-            f"with --resume from {run.checkpoints()[-1]}" if run.checkpoints() else "in another --out: there is no checkpoint yet"))
-
-
-def draw_curve(out, config):
-    """reward.png against reward queries: the reward; and all that is watched on the fixed pictures, in the base model's deviations."""
-    lines, (left, right) = read_lines(out / "metrics.jsonl"), (figure := Figure(figsize=(12, 4.5), layout="constrained")).subplots(1, 2)
-    mean, std, queries = (np.array([line[k] for line in lines]) for k in ("reward_mean", "reward_std", "reward_queries"))
-    queries -= config.samples_per_epoch                 # sampled before the epoch's updates
-    left.plot(queries, mean, label="training samples (mean, std)")
-    left.fill_between(queries, mean - std, mean + std, alpha=0.15)
-    base, *_ = evaluated = [line for line in lines if "eval_queries" in line]
-    for name in [key[5:-5] for key in base if key.startswith("eval_") and key.endswith("_mean")]:
-        at, means = np.array([(line["eval_queries"], line[f"eval_{name}_mean"]) for line in evaluated]).T
-        right.plot(at, (means - means[0]) / (base[f"eval_{name}_std"] or 1), "o-", label=name)
-        name == "reward" and left.plot(at, means, "o-", label="fixed pictures")
-    left.set(xlabel="reward queries", ylabel=config.reward, title=f"{config.algorithm} on {config.reward}")
-    right.set(xlabel="reward queries", ylabel="gain in the base model's deviations", title="fixed pictures")
-    left.legend(), right.legend()
-    figure.savefig(out / "reward.png")
+def placed(config, folder):
+    """The settings with paths that a ddpo.json gives relative to its folder made whole."""
+    whole = {}
+    for name in PATHS:
+        items = getattr(config, name).split(",")
+        items = [str((folder / i).resolve()) if i.startswith("../") else i for i in items]
+        whole[name] = ",".join(items)
+    return dataclasses.replace(config, **whole)
 
 
 def resumed(given):
-    """With --resume, the settings of the run in --out under those given now, of which only a few may differ; without, --out must hold none."""
-    stored = Path(given.get("out", os.devnull)) / "config.json"
-    if stored.is_file() != given.get("resume", False):
-        raise ValueError(f"--out {given['out']} holds a run already: add --resume to go on with it, or choose another folder" if stored.is_file() else
-                         f"--resume needs --out FOLDER, that of the run to go on with; {given.get('out')} holds no config.json")
-    before = json.loads(stored.read_text()) if given.get("resume") else {}
-    if not isinstance(before, dict) or not set(before) <= {f.name for f in dataclasses.fields(Config)}:
-        raise ValueError(f"{stored} was written by another version of train.py, or by another program")
-    free = {"out", "resume", "debug", "epochs", "lr", "device", "vlm_url", "reward_device", "micro_batch", "sample_batch", "grad_checkpointing"}
-    for name in set(given) - free if before else ():
-        if before.get(name) != given[name]:
-            raise ValueError(f"--resume goes on with the settings of {stored}: leave out --{name.replace('_', '-')}")
+    """With --resume, the settings of the run in --out, under those given now. Raises UserError."""
+    out, resume = given.get("out"), given.get("resume", False)
+    stored = Path(out or os.devnull) / "config.json"
+    require(
+        resume or not stored.is_file(),
+        f"--out {out} holds a run already: add --resume to go on with it, or choose another folder",
+    )
+    if not resume:
+        return given
+    require(
+        stored.is_file(),
+        f"--resume needs --out FOLDER, that of the run to go on with; {out} holds no config.json",
+    )
+    before = read_json(stored)
+    require(
+        isinstance(before, dict) and set(before) <= set(FIELDS),
+        f"{stored} was written by another version of train.py, or by another program",
+    )
+    for name in given:
+        require(
+            "free" in FIELDS[name].metadata["rules"] or before.get(name) == given[name],
+            f"--resume goes on with the settings of {stored}: leave out {flag(name)}",
+        )
     return {**before, **given}
 
 
-def prepare(given):
-    """Everything loaded, and the run's folder -> all that a run holds. What can be refused is refused before the folder is made."""
-    given = resumed(given)
-    ddpo.join(device := choose_device(given.get("device", Config.device)))
-    sys.stdout = open(os.devnull, "w") if ddpo.processes()[0] else sys.stdout          # one voice is enough
-    if (model := given.get("model", Config.model)) == "auto":
-        model, why = ("CompVis/stable-diffusion-v1-4", "a") if device.type == "cuda" else ("zoo", "no")
-        print(f"model: {model}, since there is {why} CUDA GPU (others: --model)")
-    config = resolve({**given, "model": model}, folder := ZOO if model == "zoo" else locate(model))
-    prompts, policy = load_prompts(config.prompts), load_policy(folder, device, config)
-    policy.scheduler.timesteps(config.steps)            # refuses an impossible T
-    reward = make_reward(config.reward, config, reward_device := choose_device(config.reward_device or str(device), "--reward-device"))
-    names = [name.strip() for name in config.metrics.split(",") if name.strip() not in ("", config.reward)]
-    watched = {name.rpartition(":")[2]: make_reward(name, config, reward_device) for name in names}
-    if len(watched) < len(names) or {"reward", "rewards", "prompts", "epoch"} & set(watched):
-        raise ValueError(f"--metrics {config.metrics}: the names must differ, also from reward, rewards, prompts and epoch")
+def choose_device(name, option="--device"):
+    """auto: a CUDA GPU (under torchrun each process has its own), else the CPU. -> torch.device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        clip = clip_embedder(config.clip, reward_device)
-    except ValueError as error:
-        clip = print(f"diversity is not measured: {error}")             # None
-    config.out = config.out or str(Path("runs") / f"{config.reward.rpartition(':')[2]}-{config.algorithm}-{time.strftime('%Y%m%d-%H%M%S')}")
-    return SimpleNamespace(
-        config=config, out=Path(config.out), policy=policy, prompts=prompts, reward=reward, watched=watched, clip=clip,
-        checkpoints=lambda: sorted((Path(config.out) / "checkpoints").glob("[0-9]" * 6)),
-        optimizer=torch.optim.AdamW((p for p in policy.unet.parameters() if p.requires_grad), config.lr, weight_decay=config.weight_decay, fused=device.type == "cuda"),
-        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"), statistics=ddpo.PromptStatistics(config.history_size, config.min_count),
-        apart=reward_device != device or (config.reward == "alignment" and bool(config.vlm_url)))           # rewarded while the next batch is drawn
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"{option} {name}: {str(error).splitlines()[0]}") from None
+
+
+def load_prompts(name):
+    """The prompts of a named set, or of a text file, one a line -> list of str, each once."""
+    named = sorted(path.stem for path in PROMPT_SETS.glob("*.txt"))
+    path = PROMPT_SETS / f"{name}.txt" if name in named else Path(name)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    except OSError:
+        raise UserError(
+            f"--prompts {name}: neither a file that can be read nor one of {', '.join(named)}"
+        ) from None
+    require("\0" not in text, f"--prompts {name}: not a text file in UTF-8")
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    require(prompts, f"--prompts {name}: no prompt in it; one prompt a line")
+    return list(dict.fromkeys(prompts))
+
+
+def draw_prompts(prompts, samples, repeats, rng):
+    """The prompts of an epoch's samples. The paper draws each independently: repeats = 1.
+
+    With more, samples / repeats prompts are drawn, without repetition while there are enough, and
+    taken `repeats` times each. rng: a numpy Generator -> list of `samples` str.
+    """
+    count = samples // repeats
+    distinct = repeats > 1 and count <= len(prompts)
+    drawn = rng.choice(len(prompts), size=count, replace=not distinct)
+    return [prompts[i] for i in drawn for _ in range(repeats)]
+
+
+def spread_prompts(prompts, count):
+    """`count` prompts to evaluate on, spread over the whole set, or going round it."""
+    if len(prompts) > count:
+        return [prompts[i * len(prompts) // count] for i in range(count)]
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def load_policy(folder, device, config):
+    """A Stable Diffusion folder -> ddpo.Policy.
+
+    Trained weights are float32, frozen ones of the precision asked for.
+    """
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    dtype, rank = PRECISIONS[config.precision], config.lora_rank
+    # fp32 is float32; else what stays float32 may use TF32
+    torch.backends.cuda.matmul.allow_tf32 = dtype != torch.float32
+    torch.backends.cudnn.allow_tf32 = dtype != torch.float32
+    unet = load(UNet, folder / "unet", dtype if rank else torch.float32)
+    if rank:
+        unet = add_lora(unet, rank, config.seed)
+    unet.gradient_checkpointing = config.grad_checkpointing
+    # on a CPU channels_last makes the full-size backward pass a tenth slower
+    on_gpu = torch.channels_last if device.type == "cuda" else None
+    vae = load(VAE, folder / "vae", dtype).requires_grad_(False)
+    schedule = NoiseSchedule.from_folder(folder / "scheduler").to(device)
+    encoder = loading("--model", folder, CLIPTextModel, folder / "text_encoder", dtype=dtype)
+    return ddpo.Policy(
+        unet=unet.to(device, memory_format=on_gpu),
+        vae=vae.to(device, memory_format=torch.channels_last),
+        sampler=Sampler(schedule, config.steps, config.eta),
+        tokenizer=loading("--model", folder, CLIPTokenizer, folder / "tokenizer"),
+        text_encoder=encoder.to(device).requires_grad_(False),
+        device=device,
+        guidance=config.guidance,
+        dtype=dtype,
+    )
+
+
+@dataclasses.dataclass
+class Run:
+    """All that a run holds."""
+
+    config: Config  # as used: paths are whole
+    stored: dict  # as written to config.json
+    out: Path
+    policy: ddpo.Policy
+    algorithm: ddpo.Algorithm
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    prompts: list  # of str
+    reward: object  # a function (images, prompts) -> scores
+    watched: dict  # {name: another such function}
+    clip: object  # rewards.ClipEmbedder, or None
+
+    def checkpoints(self):
+        """The folders of the whole checkpoints, oldest first."""
+        return sorted((self.out / "checkpoints").glob("[0-9]" * 6))
+
+
+def choose_model(given, device):
+    """The model to load -> its name, its folder."""
+    model = given.get("model", Config.model)
+    if model == "auto":
+        model, why = "zoo", "no"
+        if device.type == "cuda":
+            model, why = "CompVis/stable-diffusion-v1-4", "a"
+        print(f"model: {model}, since there is {why} CUDA GPU (others: --model)")
+    return model, ZOO if model == "zoo" else locate(model)
+
+
+def choose_algorithm(name):
+    """One of ALGORITHMS, or a class from a user's file. Raises UserError."""
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    known = ", ".join(ALGORITHMS)
+    require(".py:" in name, f"--algorithm {name}: neither one of {known} nor a file.py:Class")
+    algorithm = load_object(name, "--algorithm")
+    require(
+        isinstance(algorithm, type) and issubclass(algorithm, ddpo.Algorithm),
+        f"--algorithm {name}: must be a class derived from ddpo.Algorithm, or one of its children",
+    )
+    return algorithm
+
+
+def set_own(algorithm, texts):
+    """--set name=value for the numbers and words among the algorithm's class attributes."""
+    cls = type(algorithm)
+    names = [name for name in dir(cls) if name[0] != "_"]
+    kinds = {name: type(getattr(cls, name)) for name in names}
+    known = [name for name, kind in kinds.items() if kind in (int, float, str)]
+    for text in texts or []:
+        name, _, value = text.partition("=")
+        require(name in known, f"--set {text}: {cls.__name__} knows {', '.join(known) or 'none'}")
+        try:
+            setattr(algorithm, name, kinds[name](value))
+        except ValueError:
+            raise UserError(f"--set {text}: must be of type {kinds[name].__name__}") from None
+
+
+def prepare(given):
+    """Everything loaded; what can be refused is refused before the run's folder is made -> Run."""
+    given = resumed(given)
+    device = choose_device(given.get("device", Config.device))
+    ddpo.join(device)
+    if ddpo.processes()[0]:
+        sys.stdout = open(os.devnull, "w")  # one voice is enough
+    model, folder = choose_model(given, device)
+    algorithm = choose_algorithm(given.get("algorithm", Config.algorithm))
+    stored = merge({**given, "model": model}, folder, algorithm)
+    check(stored, given, algorithm)
+    name = f"{stored.reward.rpartition(':')[2]}-{stored.algorithm.rpartition(':')[2]}"
+    stored.out = stored.out or str(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+    config = placed(stored, folder)
+    prompts, policy = load_prompts(config.prompts), load_policy(folder, device, config)
+    algorithm = algorithm(config)
+    set_own(algorithm, config.set)
+    algorithm.setup(policy)
+    trained = [p for p in policy.unet.parameters() if p.requires_grad]
+    options = {"weight_decay": config.weight_decay, "fused": device.type == "cuda"}
+    optimizer = torch.optim.AdamW(trained, config.lr, **options)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    rewards = load_rewards(config, device)
+    stored, out = dataclasses.asdict(stored), Path(stored.out)
+    return Run(config, stored, out, policy, algorithm, optimizer, scaler, prompts, *rewards)
+
+
+def load_rewards(config, device):
+    """The reward, those to watch beside it {name: function}, and CLIP, or None."""
+    device = choose_device(config.reward_device or str(device), "--reward-device")
+    reward = make_reward(config.reward, config, device)
+    names = [name.strip() for name in config.metrics.split(",")]
+    names = [name for name in names if name not in ("", config.reward)]
+    watched = {name.rpartition(":")[2]: make_reward(name, config, device) for name in names}
+    taken = {"reward", "rewards", "prompts", "epoch"}
+    require(
+        len(watched) == len(names) and not taken & set(watched),
+        f"--metrics {config.metrics}: names must differ, also from {', '.join(sorted(taken))}",
+    )
+    try:
+        return reward, watched, clip_embedder(config.clip, device)
+    except UserError as error:
+        print(f"diversity is not measured: {error}")
+        return reward, watched, None
 
 
 def loop(run):
     """The epochs, from the newest checkpoint on."""
-    config, out, start = run.config, run.out, read_checkpoint(run) if run.config.resume else 0
-    if start >= config.epochs:
-        raise ValueError(f"--epochs {config.epochs}: the run in {out} has {start} epochs behind it already")
-    if first := ddpo.processes()[0] == 0:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", dataclasses.asdict(config))
-        for path in (out / "metrics.jsonl", out / "descriptions.jsonl"):
-            write_json(path, read_lines(path, before=start))
-    print(f"{config.algorithm} on {config.reward}: {config.epochs} epochs of {config.samples_per_epoch} pictures, into {out}", flush=True)
-    for epoch, done in enumerate(range(start + 1, config.epochs + 1), start):
-        metrics = {"epoch": epoch, "reward_queries": done * config.samples_per_epoch, **(evaluate(run, 0) if epoch == 0 else {}), **one_epoch(run, epoch)}
-        evaluation = evaluate(run, done) if done == config.epochs or done % config.eval_every == 0 else {}
-        if first:
+    c, out, writes = run.config, run.out, ddpo.processes()[0] == 0
+    start = read_checkpoint(run) if c.resume else 0
+    require(
+        start < c.epochs, f"--epochs {c.epochs}: the run in {out} has {start} behind it already"
+    )
+    if writes:
+        with writing(out):
+            (out / "samples").mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", run.stored)
+        for name in ("metrics.jsonl", "descriptions.jsonl"):
+            write_json(out / name, read_lines(out / name, before=start))
+    size = f"{c.epochs} epochs of {c.samples_per_epoch} pictures"
+    print(f"{c.algorithm} on {c.reward}: {size}, into {out}", flush=True)
+    for epoch in range(start, c.epochs):
+        done = epoch + 1
+        last = done == c.epochs
+        base = evaluate(run, 0) if epoch == 0 else {}
+        metrics = {"epoch": epoch, "reward_queries": done * c.samples_per_epoch, **base}
+        metrics.update(one_epoch(run, epoch))
+        evaluation = evaluate(run, done) if last or done % c.eval_every == 0 else {}
+        if writes:
             write_metrics(run, metrics, evaluation)
-            draw_curve(out, config)
-            if done == config.epochs or done % config.checkpoint_every == 0:
+            draw_curve(out, c)
+            if last or done % c.checkpoint_every == 0:
                 write_checkpoint(run, done)
 
 
-def one_epoch(run, epoch):
-    """Sample, reward, normalise, update: one round of the paper's loop -> metrics."""
-    c, rewarded, clock, beside, (rank, world), name = run.config, [], [time.time()], ThreadPoolExecutor(1), ddpo.processes(), [run.config.seed, epoch, 1]
-    drawn = draw_prompts(run.prompts, c.samples_per_epoch, c.samples_per_prompt, np.random.default_rng([c.seed, epoch]))
-    places = sorted(ddpo.training_order(len(drawn), name)[rank::world].tolist())        # of this process
+def progress(text, unit, total):
+    """A progress bar, of the first process, on a terminal."""
+    quiet = True if ddpo.processes()[0] else None
+    return tqdm(desc=text, unit=unit, total=total, leave=False, disable=quiet)
 
-    def each(images, prompts):
-        [future.result() for future in rewarded if future.done()]                       # a batch that failed ends the epoch at once
-        rewarded.append(beside.submit(checked, run.reward, images, prompts))
 
+def evaluate(run, epoch):
+    """Reward the fixed prompts and noises; write the pictures and their rewards -> metrics."""
+    # two pictures of each prompt, for the diversity
+    prompts = 2 * spread_prompts(run.prompts, run.config.eval_samples // 2)
+    drawn = [images for _, images in draw(run, prompts, EVALUATION, "evaluating")]
+    images = np.concatenate(drawn)
+    scores = {}
+    for name, reward in {"reward": run.reward, **run.watched}.items():
+        scores[name] = gathered(checked(reward, images, share(prompts))[0])
+    embeds = gathered(run.clip(images)) if run.clip else None
+    images = gathered(images)
+    if ddpo.processes()[0]:
+        return {}
+    path = run.out / "samples" / f"epoch_{epoch:04d}.png"
+    with writing(path):
+        grid(images).save(path)
+    lists = {name: values.tolist() for name, values in scores.items()}
+    lists = {"epoch": epoch, "prompts": prompts, "rewards": lists.pop("reward"), **lists}
+    write_json(path.with_suffix(".json"), lists)
+    base = np.array(read_json(path.with_name("epoch_0000.json"))["rewards"])
+    metrics = {
+        "eval_queries": epoch * run.config.samples_per_epoch,
+        "eval_diversity": diversity(embeds, prompts) if run.clip else None,
+        **gain_metrics(scores["reward"], base),
+    }
+    for name, values in scores.items():
+        metrics[f"eval_{name}_mean"] = values.mean()
+        metrics[f"eval_{name}_std"] = values.std()
+    return metrics
+
+
+def gain_metrics(rewards, base):
+    """The gain on the base model's rewards, in their deviations and in paired standard errors."""
+    gain = (rewards - base).mean()
+    error = (rewards - base).std(ddof=1) / len(base) ** 0.5
+    return {
+        "eval_gain_sd": gain / max(base.std(), 1e-12),
+        "eval_gain_se": gain / max(error, 1e-12),
+    }
+
+
+def grid(images):
+    """Pictures (B, H, W, 3) in rows, each at most 256 pixels wide -> PIL image."""
+    side, tile = math.ceil(len(images) ** 0.5), min(images.shape[1], 256)
+    whole = Image.new("RGB", (side * tile, math.ceil(len(images) / side) * tile))
+    for i, image in enumerate(images):
+        place = (i % side * tile, i // side * tile)
+        whole.paste(Image.fromarray(image).resize((tile, tile)), place)
+    return whole
+
+
+def write_checkpoint(run, epoch):
+    """checkpoints/000012: the UNet or its LoRA, the optimizer, the rest as JSON.
+
+    Written aside, renamed when whole; the last two are kept.
+    """
+    aside = run.out / "checkpoints" / f"{epoch:06d}.tmp"
+    moments = run.optimizer.state_dict()["state"]
+    state = {"epoch": epoch, "algorithm": run.algorithm.state_dict()}
+    with writing(aside):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        if run.config.lora_rank:
+            save_lora(run.policy.unet, aside)
+        else:
+            save(run.policy.unet, aside / "unet")
+        tensors = {f"{i}.{name}": x for i, m in moments.items() for name, x in m.items()}
+        save_tensors(tensors, aside / "optimizer.safetensors")
+        write_json(aside / "state.json", {**state, "scaler": run.scaler.state_dict()})
+        os.replace(aside, aside.with_suffix(""))
+        for old in run.checkpoints()[:-2]:
+            shutil.rmtree(old)
+
+
+def read_checkpoint(run):
+    """Everything back from the newest whole checkpoint -> the epochs behind it; 0: none yet."""
+    if not run.checkpoints():
+        return 0
+    folder, unet = run.checkpoints()[-1], run.policy.unet
     try:
-        trajectories, images, of_all = draw(run, drawn, places, epoch, f"epoch {epoch}: sampling", each if run.apart else None, c.algorithm.startswith("ddpo"))
-        clock.append(time.time())
-        parts = [future.result() for future in rewarded] or [checked(run.reward, images, [drawn[i] for i in places])]
-    finally:
-        beside.shutdown(cancel_futures=True)
-    scores = np.concatenate([part for part, _ in parts])
-    if (shown := {name: sum((list(extra[name]) for _, extra in parts), []) for name in parts[0][1]}) and not rank:
-        some = [(i, {key: shown[key][i] for key in shown}) for i in range(0, len(places), -(-len(places) // 8))]            # of eight pictures an epoch
-        lines = [{"epoch": epoch, "prompt": drawn[places[i]], "score": scores[i], **what} for i, what in some]
-        write_json(run.out / "descriptions.jsonl", read_lines(run.out / "descriptions.jsonl") + lines)
-    trajectories.rewards, scores = torch.from_numpy(scores).float().to(run.policy.device), of_all(scores)
-    metrics = {"reward_mean": scores.mean(), "reward_std": scores.std(), "diversity": diversity(of_all(run.clip(images)), drawn) if run.clip else None}
-    del images                                          # 7.9 GB in a round of RWR on SD v1.4
-    clock.append(time.time())
-    pairs = c.batch_size // world * (1 if c.algorithm.startswith("rwr") else c.steps)               # of this process, in an update
-    with progress(f"epoch {epoch}: training", "pass", -(-pairs // c.micro_batch) * c.updates) as bar:
-        metrics |= ddpo.learn(run.policy, run.optimizer, trajectories, drawn, run.statistics, algorithm=c.algorithm, batch_size=c.batch_size, name=name,
-                              lrs=[c.lr * min(1, (epoch * c.updates + n + 1) / (c.warmup + 1)) for n in range(c.updates)], w=1.0 if c.no_cfg_training else c.guidance, beta=c.beta, percentile=c.percentile, clip_range=c.clip_range, micro_batch=c.micro_batch,
-                              max_grad_norm=c.max_grad_norm, scaler=run.scaler, tick=bar.update)
-    return metrics | dict(zip(("seconds_sampling", "seconds_reward", "seconds_training"), np.diff([*clock, time.time()]).round(3).tolist()))
+        if run.config.lora_rank:
+            load_lora(unet, folder)
+        else:
+            unet.load_state_dict(load(UNet, folder / "unet").state_dict())
+        read_moments(run.optimizer, folder / "optimizer.safetensors")
+        state = read_json(folder / "state.json")
+        run.algorithm.load_state_dict(state["algorithm"])
+        run.scaler.load_state_dict(state["scaler"])
+    except Exception as error:  # whatever a broken file raises
+        raise UserError(
+            f"{folder} cannot be read ({error}); if it is broken, delete it to go on from the "
+            "checkpoint before"
+        ) from error
+    print(f"resuming from {folder}")
+    return state["epoch"]
+
+
+def read_moments(optimizer, path):
+    """The optimizer's state, each moment laid out in memory as its parameter is."""
+    parameters, state = optimizer.param_groups[0]["params"], {}
+    with safe_open(path, "pt") as file:
+        for key in file.keys():
+            i, name = key.split(".")
+            value = file.get_tensor(key)
+            if value.ndim:  # `step` is a scalar
+                value = torch.empty_like(parameters[int(i)]).copy_(value)
+            state.setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+@contextmanager
+def writing(path):
+    """What the disk refuses in here ends in one line that names the file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written: {error}") from None
+
+
+def write_json(path, value):
+    """A list as lines, anything else as one document. Aside, then renamed: never half a file."""
+    text = json.dumps(value, indent=1) + "\n"
+    if isinstance(value, list):
+        text = "".join(json.dumps(line, default=str) + "\n" for line in value)
+    aside = path.with_name(path.name + ".tmp")
+    with writing(path):
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+
+
+def read_json(path):
+    """A JSON file's value. Raises UserError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def read_lines(path, before=math.inf):
+    """The whole lines of a .jsonl file, up to an epoch -> list of dicts."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    lines = [json.loads(line) for line in text.split("\n") if line.endswith("}")]
+    return [line for line in lines if line["epoch"] < before]
+
+
+def write_metrics(run, metrics, evaluation):
+    """Add the epoch's line, with the alarms it sets off, to metrics.jsonl; print what is new."""
+    before = read_lines(run.out / "metrics.jsonl")
+    line = {**evaluation, **metrics}  # the first line keeps the base model's evaluation
+    found = ddpo.alarms([*before, line], run.config.updates)
+    numbers = {n: v for n, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
+    clean = {**dict.fromkeys(line), **numbers}  # JSON has no NaN: null in its place
+    write_json(run.out / "metrics.jsonl", [*before, {**clean, "warnings": list(found)}])
+    print(summary(line, evaluation), flush=True)
+    known = before[-1].get("warnings", []) if before else []
+    for name in found:
+        if name not in known:
+            print(f"warning ({name}), epoch {line['epoch']}: {found[name]}", flush=True)
+    if "not finite" in found:
+        whole = run.checkpoints()
+        advice = f"--resume from {whole[-1]}" if whole else "another --out: there is no checkpoint"
+        raise UserError(f"epoch {line['epoch']}: {found['not finite']}, with {advice}")
+
+
+def summary(line, evaluation):
+    """An epoch's metrics as text."""
+    text = "epoch {epoch:3d}  queries {reward_queries:6d}  reward {reward_mean:8.3f}"
+    text += " +- {reward_std:.3f}  "
+    if line["approx_kl"] is not None:
+        text += "kl {approx_kl:.1e}  clipped {clip_fraction:4.0%}  "
+    text += "grad {grad_norm:.2g}  {seconds:.0f} s"
+    if evaluation:
+        text += "\n    fixed pictures: {eval_reward_mean:.3f} +- {eval_reward_std:.3f}, a gain of "
+        text += "{eval_gain_sd:.2f} standard deviations of the base model's rewards = "
+        text += "{eval_gain_se:.1f} paired standard errors"
+    seconds = sum(value for name, value in line.items() if name.startswith("seconds"))
+    return text.format(**{**line, **evaluation, "seconds": seconds})
+
+
+def draw_curve(out, config):
+    """reward.png: the reward against queries; and all that is watched, in the base's deviations."""
+    lines = read_lines(out / "metrics.jsonl")
+    evaluated = [line for line in lines if "eval_queries" in line]
+    base, at = evaluated[0], [line["eval_queries"] for line in evaluated]
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    # an epoch's pictures are sampled before its updates
+    queries = [line["reward_queries"] - config.samples_per_epoch for line in lines]
+    means, stds = ([line[f"reward_{kind}"] for line in lines] for kind in ("mean", "std"))
+    left.errorbar(queries, means, stds, alpha=0.5, label="training samples (mean, std)")
+    left.plot(at, [line["eval_reward_mean"] for line in evaluated], "o-", label="fixed pictures")
+    for name in [key[5:-5] for key in base if key.startswith("eval_") and key.endswith("_mean")]:
+        means = np.array([line[f"eval_{name}_mean"] for line in evaluated])
+        right.plot(at, (means - means[0]) / (base[f"eval_{name}_std"] or 1), "o-", label=name)
+    left.set(xlabel="reward queries", ylabel=config.reward)
+    right.set(xlabel="reward queries", ylabel="gain in the base model's deviations")
+    left.set_title(f"{config.algorithm} on {config.reward}")
+    right.set_title("fixed pictures")
+    left.legend()
+    right.legend()
+    with writing(out / "reward.png"):
+        figure.savefig(out / "reward.png")
 
 
 def main(argv=None):
+    """The program. Only what the user can mend ends in one line; the rest keeps its traceback."""
     given = parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)           # torchrun's, when another process has died, or a job queue's: end as by Ctrl-C
+    # SIGTERM is torchrun's, when another process has died, or a job queue's: end as by Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         loop(prepare(given))
-        if dist.is_initialized():
-            dist.barrier(), dist.destroy_process_group()               # none leaves before the last checkpoint is written
-    except (ValueError, OSError, RuntimeError) as error:
-        rank, world = ddpo.processes()
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if world > 1 else signal.SIG_DFL)             # so that the line below comes through
-        if given.get("debug") or (type(error) is RuntimeError and world == 1):
-            raise
-        hint = ("; try --precision bf16, --grad-checkpointing, --lora-rank 4, a smaller --micro-batch or --sample-batch" if isinstance(error, torch.OutOfMemoryError) else
-                "; where another process has died, its own line says why, and --resume goes on" if isinstance(error, RuntimeError) else "")
-        sys.exit(f"train.py: {f'process {rank} of {world}: ' if world > 1 else ''}{' '.join(str(error).split())}{hint}")
+        ddpo.leave()
+    except UserError as error:
+        stop(error, given)
+    except torch.OutOfMemoryError as error:
+        hint = "--precision bf16, --grad-checkpointing, --lora-rank 4, a smaller --micro-batch"
+        stop(f"{error}; try {hint} or --sample-batch", given)
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped; where a checkpoint was written, --out and the run's folder with --resume go on from it")
+        sys.exit(
+            "train.py: stopped; where a checkpoint was written, --out and the run's folder with "
+            "--resume go on from it"
+        )
+
+
+def stop(error, given):
+    """End with one line, or, with --debug, with the traceback."""
+    rank, world = ddpo.processes()
+    # so that torchrun does not end this process before its line comes through
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if world > 1 else signal.SIG_DFL)
+    if given.get("debug"):
+        raise
+    who = f"process {rank} of {world}: " if world > 1 else ""
+    sys.exit(f"train.py: {who}{' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":
