@@ -406,13 +406,14 @@ class DDPO(Algorithm):
     def batches(self, policy, records, prompts, weights, name):
         """Minibatches of whole trajectories, with all their timesteps; each trajectory once.
 
+        In the order of sampling, which is random already.
         records: those of this process's samples; prompts, weights: all processes' -> yields Pairs.
         """
         trajectories = Trajectories.cat(records)
         advantages = share(weights).to(policy.device)
-        order = np.random.default_rng(name).permutation(len(trajectories))
-        for samples in torch.from_numpy(order).split(self.settings.batch_size // processes()[1]):
-            yield all_pairs(trajectories, samples.to(policy.device), advantages)
+        samples = torch.arange(len(trajectories), device=policy.device)
+        for some in samples.split(self.settings.batch_size // processes()[1]):
+            yield all_pairs(trajectories, some, advantages)
 
     def log_probs(self, policy, pairs):
         """log p now, with gradient, and log p when the actions were taken -> (b,), (b,)."""

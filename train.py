@@ -395,12 +395,12 @@ def draw_prompts(prompts, samples, repeats, rng):
     """The prompts of an epoch's samples. The paper draws each independently: repeats = 1.
 
     With more, samples / repeats prompts are drawn, without repetition while there are enough, and
-    taken `repeats` times each. rng: a numpy Generator -> list of `samples` str.
+    taken `repeats` times each, shuffled. rng: a numpy Generator -> list of `samples` str.
     """
     count = samples // repeats
     distinct = repeats > 1 and count <= len(prompts)
     drawn = rng.choice(len(prompts), size=count, replace=not distinct)
-    return [prompts[i] for i in drawn for _ in range(repeats)]
+    return [prompts[i] for i in rng.permutation(np.repeat(drawn, repeats))]
 
 
 def spread_prompts(prompts, count):
