@@ -389,6 +389,11 @@ class DDPO(Algorithm):
         """Every picture is taken once an epoch."""
         n, size = settings.samples_per_epoch, settings.batch_size
         require(settings.eta > 0, "--eta 0: a step without noise has no policy gradient")
+        require(
+            not settings.no_cfg_training,
+            "--no-cfg-training is for rwr and rwr-sparse: DDPO's ratios compare the policy that "
+            "sampled with the one that trains, so both must be guided alike",
+        )
         require(n % size == 0, f"--samples-per-epoch {n} must be a multiple of --batch-size {size}")
         require(
             settings.updates in (None, n // size),
