@@ -285,10 +285,11 @@ def merge(given, folder, algorithm):
     own = model_settings(folder, given)
     reward, name = given.get("reward", Config.reward), given.get("algorithm", Config.algorithm)
     paper = {**algorithm.defaults, **PROMPTS_OF_REWARD.get(reward, {})}
-    parts = ["all", reward, name]
+    parts = ["all", reward, "lora", name]  # the later one wins
     if given.get("lora_rank"):
         paper["lr"] = 3e-4  # App. C
-        parts.append("lora")
+    else:
+        parts.remove("lora")
     layers = [paper, *[own.get(part, {}) for part in parts], given]
     return Config(**{key: value for layer in layers for key, value in layer.items()})
 
