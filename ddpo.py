@@ -514,7 +514,9 @@ class RWR(Algorithm):
             noise = share(named_noise(x_0.shape[1:], size, *name, n)).to(policy.device)
             x_t = add_noise(x_0[torch.from_numpy(chosen).to(x_0.device)], noise, alphas_bar[t])
             cond = policy.embed([prompts[i] for i in chosen])
-            yield TensorDataset(x_t, t, cond, noise, weights[chosen].to(policy.device))
+            # they average 1 over what is drawn, though some may have underflowed to 0
+            w = (weights / weights[kept].mean())[chosen].to(policy.device)
+            yield TensorDataset(x_t, t, cond, noise, w)
 
     def losses(self, policy, rows):
         """-> losses (b,), and nothing to be logged of each row."""

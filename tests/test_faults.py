@@ -24,8 +24,9 @@ def metrics(folder):
 @pytest.mark.parametrize("algorithm", ["ddpo-is", "ddpo-sf"])
 def test_ddpo_without_cfg_training_is_refused(algorithm, tmp_path):
     """Its ratio was off 1 by 1.0, and all of its pairs clipped."""
-    options = tiny("--algorithm", algorithm, "--no-cfg-training", "--out", str(tmp_path / "run"))
-    assert "--no-cfg-training is for rwr" in refusal(train.main, options)
+    options = ["--algorithm", algorithm, "--no-cfg-training", "--batch-size", "4"]
+    line = refusal(train.main, tiny(*options, "--out", str(tmp_path / "run")))
+    assert "--no-cfg-training is for rwr" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -34,3 +35,25 @@ def test_an_algorithms_own_learning_rate_is_not_lost_with_lora(algorithm, lr):
     """The zoo's LoRA section overrode its RWR section: 0.025 for RWR, 2,500 times too much."""
     given = {"algorithm": algorithm, "lora_rank": 4}
     assert train.merge(given, train.ZOO, ddpo.ALGORITHMS[algorithm]).lr == lr
+
+
+def rwr_batches(rewards, algorithm="rwr", **settings):
+    """All batches that an algorithm deals of one prompt's samples -> their weights."""
+    model = small_model()
+    given = {"algorithm": algorithm, "batch_size": 2, "updates": 6, "beta": 1.0, **settings}
+    given.update(samples_per_epoch=len(rewards), steps=2)
+    config = train.merge(given, model, ddpo.ALGORITHMS[algorithm])
+    policy = train.load_policy(model, torch.device("cpu"), config)
+    learner = ddpo.ALGORITHMS[algorithm](config)
+    prompts, x_0 = ["a cat"] * len(rewards), torch.zeros(len(rewards), 4, 8, 8)
+    weights = learner.weights(prompts, torch.tensor(rewards))
+    batches = learner.batches(policy, [x_0], prompts, weights, [0, 0, 1])
+    return torch.cat([batch.tensors[4] for batch in batches])
+
+
+def test_rwr_weights_that_underflow_leave_the_others_at_1():
+    """Weights 4, 0, 0, 0 were drawn as 4, 4, 4 ...: four times the learning rate."""
+    weights = rwr_batches([0.0, -200.0, -200.0, -200.0])
+    assert weights.tolist() == [1.0] * 12
+    weights = rwr_batches([0.0, 0.0, -200.0, -200.0])
+    assert weights.tolist() == [1.0] * 12
