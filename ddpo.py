@@ -33,8 +33,6 @@ Deviations from the paper's text (t) or its authors' code (c), beside those of s
       every reward                                                 all prompts for the JPEG rewards
     c RWR's loss is a mean over the batch  the text's expectation  theirs is 1/128 of it on their
                                                                    pod: clipping never binds
-    c RWR's optimizer keeps its moments    simpler                 theirs starts anew each round
-      from round to round
     c RWR-sparse takes the percentile of   a round's samples are   theirs samples until 1,024 are
       a round's samples of each prompt     there at once           kept; with few samples a prompt
                                                                    ours keeps a larger share
@@ -347,6 +345,7 @@ class Algorithm:
     """
 
     defaults = {}  # the paper's numbers, where they differ from DDPO_IS's
+    fresh_optimizer = False  # does each epoch begin without Adam's moments?
 
     def __init__(self, settings):
         self.settings = settings
@@ -488,6 +487,7 @@ class RWR(Algorithm):
         "eval_every": 1,
         "checkpoint_every": 1,
     }
+    fresh_optimizer = True  # as in the authors' code: each round is a regression of its own
 
     def record(self, trajectories):
         """x_0 alone: 10,000 trajectories of SD v1.4 would take 36 GB."""

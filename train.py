@@ -134,6 +134,8 @@ def train_epoch(run, records, prompts, weights, epoch):
     """The optimizer steps of an epoch -> their metrics, averaged; None: there are no ratios."""
     c, policy, algorithm, optimizer = run.config, run.policy, run.algorithm, run.optimizer
     name, updates = [c.seed, epoch, 1], []
+    if algorithm.fresh_optimizer:
+        optimizer.state.clear()
     with progress(f"epoch {epoch}: training", "update", c.updates) as bar:
         for batch in algorithm.batches(policy, records, prompts, weights, name):
             number = epoch * c.updates + len(updates) + 1

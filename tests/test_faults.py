@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_train import refusal, resume, run, small_model, tiny
 
 import ddpo
@@ -57,3 +58,13 @@ def test_rwr_weights_that_underflow_leave_the_others_at_1():
     assert weights.tolist() == [1.0] * 12
     weights = rwr_batches([0.0, 0.0, -200.0, -200.0])
     assert weights.tolist() == [1.0] * 12
+
+
+def test_rwr_starts_each_round_without_adams_moments(tmp_path):
+    """As the authors' code does; DDPO keeps them. Adam counts its steps."""
+    for algorithm, steps in (("rwr", 3), ("ddpo-is", 4)):
+        folder = tmp_path / algorithm
+        updates = ["--updates", "3", "--lr", "1e-5"] if algorithm == "rwr" else []
+        run(folder, "--algorithm", algorithm, *updates)
+        weights = load_file(folder / "checkpoints" / "000002" / "optimizer.safetensors")
+        assert {x.item() for key, x in weights.items() if key.endswith(".step")} == {steps}
