@@ -206,9 +206,8 @@ class PromptStatistics:
         everyone = rewards.tolist()
         rows = [self.history.get(prompt, ()) for prompt in prompts]
         rows = [row if len(row) >= self.min_count else everyone for row in rows]
-        mean = torch.tensor([np.mean(row) for row in rows], dtype=torch.float32)
-        std = torch.tensor([np.std(row) for row in rows], dtype=torch.float32)
-        return mean.to(rewards.device), std.to(rewards.device)
+        mean = torch.tensor([np.mean(row) for row in rows])
+        return mean.to(rewards), torch.tensor([np.std(row) for row in rows]).to(rewards)
 
     def state_dict(self):
         """For JSON."""
@@ -224,9 +223,9 @@ class PromptStatistics:
 def normalize_advantages(rewards, mean, std, limit=10.0):
     """App. D.3: A = (r - mean) / std, clipped to +-limit.
 
-    rewards, mean, std (B,), the last two those of each sample's prompt -> (B,).
+    rewards, mean, std float64 (B,), the last two those of each sample's prompt -> float32 (B,).
     """
-    return ((rewards - mean) / (std + 1e-6)).clamp(-limit, limit)
+    return ((rewards - mean) / (std + 1e-6)).clamp(-limit, limit).float()
 
 
 def reinforce_loss(log_prob, advantages):
@@ -285,7 +284,7 @@ def rwr_weights(prompts, rewards, beta):
     def weigh(r):
         return len(r) * torch.softmax(beta * r, 0)
 
-    return by_prompt(weigh, prompts, rewards)
+    return by_prompt(weigh, prompts, rewards).float()
 
 
 def sparse_weights(prompts, rewards, percentile):
@@ -298,7 +297,7 @@ def sparse_weights(prompts, rewards, percentile):
     def weigh(r):
         return (r >= torch.quantile(r, percentile)).to(r)
 
-    return by_prompt(weigh, prompts, rewards)
+    return by_prompt(weigh, prompts, rewards).float()
 
 
 def denoising_loss(eps, noise, weights):

@@ -69,7 +69,7 @@ def one_epoch(run, epoch):
     del images  # 7.9 GB in a round of RWR on SD v1.4
     clock.append(time.time())
 
-    weights = run.algorithm.weights(prompts, torch.from_numpy(rewards).float())
+    weights = run.algorithm.weights(prompts, torch.from_numpy(rewards))
     learned = train_epoch(run, records, prompts, weights, epoch)
     clock.append(time.time())
 

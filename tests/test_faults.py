@@ -68,3 +68,14 @@ def test_rwr_starts_each_round_without_adams_moments(tmp_path):
         run(folder, "--algorithm", algorithm, *updates)
         weights = load_file(folder / "checkpoints" / "000002" / "optimizer.safetensors")
         assert {x.item() for key, x in weights.items() if key.endswith(".step")} == {steps}
+
+
+def test_large_rewards_keep_their_spread():
+    """1e9 +- 14 lost it in float32, where neighbours are 64 apart, before the mean was taken off."""
+    small = torch.arange(8.0, dtype=torch.float64) * 4
+    settings = train.Config(history_size=8, min_count=8)
+    expected = (small - small.mean()) / small.std(correction=0)
+    for rewards in (small, small + 1e9):
+        advantages = ddpo.DDPO(settings).weights(["a cat"] * 8, rewards)
+        assert advantages.dtype == torch.float32
+        torch.testing.assert_close(advantages.double(), expected, rtol=1e-6, atol=0)
