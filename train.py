@@ -389,7 +389,7 @@ def load_prompts(name):
             f"--prompts {name}: neither a file that can be read nor one of {', '.join(named)}"
         ) from None
     require("\0" not in text, f"--prompts {name}: not a text file in UTF-8")
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     require(prompts, f"--prompts {name}: no prompt in it; one prompt a line")
     return list(dict.fromkeys(prompts))
 
@@ -433,11 +433,14 @@ def load_policy(folder, device, config):
     vae = load(VAE, folder / "vae", dtype).requires_grad_(False)
     schedule = NoiseSchedule.from_folder(folder / "scheduler").to(device)
     encoder = loading("--model", folder, CLIPTextModel, folder / "text_encoder", dtype=dtype)
+    tokenizer = loading("--model", folder, CLIPTokenizer, folder / "tokenizer")
+    limit = encoder.config.max_position_embeddings
+    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)  # absent: 1e30
     return ddpo.Policy(
         unet=unet.to(device, memory_format=on_gpu),
         vae=vae.to(device, memory_format=torch.channels_last),
         sampler=Sampler(schedule, config.steps, config.eta),
-        tokenizer=loading("--model", folder, CLIPTokenizer, folder / "tokenizer"),
+        tokenizer=tokenizer,
         text_encoder=encoder.to(device).requires_grad_(False),
         device=device,
         guidance=config.guidance,
@@ -620,12 +623,12 @@ def evaluate(run, epoch):
 
 
 def gain_metrics(rewards, base):
-    """The gain on the base model's rewards, in their deviations and in paired standard errors."""
+    """The gain on the base model's rewards: in their deviations, and as a paired t value."""
     gain = (rewards - base).mean()
     error = (rewards - base).std(ddof=1) / len(base) ** 0.5
     return {
         "eval_gain_sd": gain / max(base.std(), 1e-12),
-        "eval_gain_se": gain / max(error, 1e-12),
+        "eval_gain_t": gain / max(error, 1e-12),
     }
 
 
@@ -762,7 +765,7 @@ def summary(line, evaluation):
     if evaluation:
         text += "\n    fixed pictures: {eval_reward_mean:.3f} +- {eval_reward_std:.3f}, a gain of "
         text += "{eval_gain_sd:.2f} standard deviations of the base model's rewards = "
-        text += "{eval_gain_se:.1f} paired standard errors"
+        text += "{eval_gain_t:.1f} paired standard errors"
     seconds = sum(value for name, value in line.items() if name.startswith("seconds"))
     return text.format(**{**line, **evaluation, "seconds": seconds})
 
@@ -795,6 +798,9 @@ def draw_curve(out, config):
 def main(argv=None):
     """The program. Only what the user can mend ends in one line; the rest keeps its traceback."""
     given = parse(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # not all terminals can print all prompts
     # SIGTERM is torchrun's, when another process has died, or a job queue's: end as by Ctrl-C
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -79,3 +79,46 @@ def test_large_rewards_keep_their_spread():
         advantages = ddpo.DDPO(settings).weights(["a cat"] * 8, rewards)
         assert advantages.dtype == torch.float32
         torch.testing.assert_close(advantages.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_prompt_files_are_cut_at_newlines_only(tmp_path):
+    """They were also cut at U+2028, form feeds and NEL."""
+    path = tmp_path / "prompts.txt"
+    odd = ["a\u2028cat", "a\x0cdog", "a\x85bee", "a\x1clion", "a\u2029fox"]
+    path.write_text("\r\n".join(odd) + "\n\n  an ant \n", encoding="utf-8", newline="")
+    assert train.load_prompts(str(path)) == [*odd, "an ant"]
+
+
+def test_a_terminal_that_cannot_print_a_prompt_does_not_end_the_run(tmp_path):
+    """UnicodeEncodeError, after the sampling of the first epoch."""
+    reward = tmp_path / "mine.py"
+    reward.write_text(
+        "def loud(images, prompts):\n    print(prompts)\n    return range(len(images))\n"
+    )
+    (tmp_path / "cats.txt").write_text("a \u732b\na cat\n", encoding="utf-8")
+    options = [
+        "--reward",
+        f"{reward}:loud",
+        "--prompts",
+        str(tmp_path / "cats.txt"),
+        "--epochs",
+        "1",
+    ]
+    command = [sys.executable, train.__file__, *tiny(*options, "--out", str(tmp_path / "run"))]
+    surroundings = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "a \\u732b" in done.stdout
+
+
+def test_a_tokenizer_without_a_limit_takes_the_text_encoders(tmp_path):
+    """It is then 1e30, and padding to it an OverflowError."""
+    model = tmp_path / "model"
+    shutil.copytree(small_model(), model)
+    path = model / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["model_max_length"]
+    path.write_text(json.dumps(config))
+    run(tmp_path / "run", "--model", str(model), "--epochs", "1")
+    run(tmp_path / "other", "--epochs", "1")
+    assert metrics(tmp_path / "run")[0]["loss"] == metrics(tmp_path / "other")[0]["loss"]
