@@ -530,7 +530,14 @@ class RWRSparse(RWR):
 
     def weights(self, prompts, rewards):
         """1 for the samples that are kept, else 0. prompts: N str, rewards (N,) -> (N,)."""
-        return sparse_weights(prompts, rewards, self.settings.percentile)
+        weights = sparse_weights(prompts, rewards, self.settings.percentile)
+        kept, expected = weights.mean().item(), 1 - self.settings.percentile
+        if kept > 2 * expected:
+            print(
+                f"warning: rwr-sparse keeps {kept:.0%} of the samples, not {expected:.0%}: of few a "
+                "prompt the best one is kept anyway. Raise --samples-per-prompt"
+            )
+        return weights
 
 
 ALGORITHMS = {
@@ -613,7 +620,9 @@ def alarms(lines, updates):
             f"the gradient's norm, {now['grad_norm']:.2g}, is over 10 times what it was "
             f"({usual:.2g}). Try a smaller --lr"
         )
-    if updates > 1 and now["clip_fraction"] is not None and len(lines) >= 3:
+    if now["reward_std"] == 0:
+        found["spread"] = "all rewards of the epoch are alike: there is nothing to learn from them"
+    elif updates > 1 and now["clip_fraction"] is not None and len(lines) >= 3:
         # of the updates that can clip: in an epoch's first one all ratios are 1
         share_outside = np.mean([line["clip_fraction"] for line in lines[-3:]])
         share_outside *= updates / (updates - 1)
@@ -640,8 +649,18 @@ def has_collapsed(first, last):
 
 
 def join(device):
-    """Under torchrun: meet the other processes, each with its own device, and wait for all."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+    """Meet the other processes, each with its own device, and wait for all.
+
+    torchrun says how to by these variables; so do job queues.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
+        absent = [name for name in names if name not in os.environ]
+        require(
+            not absent,
+            f"WORLD_SIZE is set, so this is one of several processes, but {', '.join(absent)} is "
+            "not: start them by torchrun, set it, or unset WORLD_SIZE",
+        )
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -357,8 +357,11 @@ def resumed(given):
         f"{stored} was written by another version of train.py, or by another program",
     )
     for name in given:
+        same = before.get(name) == given[name]
+        if ".py:" in str(given[name]):  # the file may have moved
+            same = str(before.get(name)).rpartition(":")[2] == given[name].rpartition(":")[2]
         require(
-            "free" in FIELDS[name].metadata["rules"] or before.get(name) == given[name],
+            same or "free" in FIELDS[name].metadata["rules"],
             f"--resume goes on with the settings of {stored}: leave out {flag(name)}",
         )
     return {**before, **given}
@@ -524,7 +527,12 @@ def prepare(given):
     stored.out = stored.out or str(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
     config = placed(stored, folder)
-    prompts, policy = load_prompts(config.prompts), load_policy(folder, device, config)
+    if given.get("resume"):
+        prompts = read_json(Path(stored.out) / "prompts.json")["prompts"]
+    else:
+        prompts = load_prompts(config.prompts)
+    policy = load_policy(folder, device, config)
+    warn_of_twins(prompts, policy.tokenizer)
     algorithm = algorithm(config)
     set_own(algorithm, config.set)
     algorithm.setup(policy)
@@ -535,6 +543,16 @@ def prepare(given):
     rewards = load_rewards(config, device)
     stored, out = dataclasses.asdict(stored), Path(stored.out)
     return Run(config, stored, out, policy, algorithm, optimizer, scaler, prompts, *rewards)
+
+
+def warn_of_twins(prompts, tokenizer):
+    """Say where prompts differ only beyond what the text encoder reads."""
+    seen = {}
+    for prompt in prompts:
+        twin = seen.setdefault(tuple(tokenizer(prompt, truncation=True).input_ids), prompt)
+        if twin != prompt:
+            limit = tokenizer.model_max_length
+            print(f"warning: alike in the {limit} tokens that are read: {twin!r}, {prompt!r}")
 
 
 def load_rewards(config, device):
@@ -567,6 +585,7 @@ def loop(run):
         with writing(out):
             (out / "samples").mkdir(parents=True, exist_ok=True)
         write_json(out / "config.json", run.stored)
+        write_json(out / "prompts.json", {"prompts": run.prompts})
         for name in ("metrics.jsonl", "descriptions.jsonl"):
             write_json(out / name, read_lines(out / name, before=start))
     size = f"{c.epochs} epochs of {c.samples_per_epoch} pictures"

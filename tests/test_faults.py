@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,7 +13,6 @@ from test_train import refusal, resume, run, small_model, tiny
 
 import ddpo
 import train
-from scheduler import UserError
 
 
 def metrics(folder):
@@ -71,7 +69,7 @@ def test_rwr_starts_each_round_without_adams_moments(tmp_path):
 
 
 def test_large_rewards_keep_their_spread():
-    """1e9 +- 14 lost it in float32, where neighbours are 64 apart, before the mean was taken off."""
+    """1e9 +- 14 lost it in float32, where neighbours are 64 apart, before the mean came off."""
     small = torch.arange(8.0, dtype=torch.float64) * 4
     settings = train.Config(history_size=8, min_count=8)
     expected = (small - small.mean()) / small.std(correction=0)
@@ -122,3 +120,77 @@ def test_a_tokenizer_without_a_limit_takes_the_text_encoders(tmp_path):
     run(tmp_path / "run", "--model", str(model), "--epochs", "1")
     run(tmp_path / "other", "--epochs", "1")
     assert metrics(tmp_path / "run")[0]["loss"] == metrics(tmp_path / "other")[0]["loss"]
+
+
+def test_a_reward_without_spread_is_said_to_be_one(tmp_path, capsys):
+    """The advice was to raise the learning rate."""
+    reward = tmp_path / "mine.py"
+    reward.write_text("def flat(images, prompts):\n    return [1.0] * len(images)\n")
+    run(tmp_path / "run", "--reward", f"{reward}:flat", "--epochs", "4", "--lr", "1e-9")
+    assert [line["warnings"] for line in metrics(tmp_path / "run")] == [["spread"]] * 4
+    said = capsys.readouterr().out
+    assert "nothing to learn" in said and "larger --lr" not in said
+
+
+def test_prompts_that_are_read_alike_are_named(tmp_path, capsys):
+    """The text encoder reads 16 tokens; what comes after makes no difference, and nothing said so."""
+    path, long = tmp_path / "prompts.txt", "a cat on a red background " * 4
+    path.write_text(f"{long}and a dog\n{long}and a bee\na lion\n")
+    run(tmp_path / "run", "--prompts", str(path), "--epochs", "1")
+    said = [text for text in capsys.readouterr().out.splitlines() if text.startswith("warning: al")]
+    assert len(said) == 1 and "and a dog" in said[0] and "and a bee" in said[0]
+
+
+def test_rwr_sparse_says_that_few_samples_a_prompt_are_nearly_all_kept(tmp_path, capsys):
+    """Of one sample a prompt a percentile of 0.9 keeps all."""
+    run(tmp_path / "few", "--algorithm", "rwr-sparse", "--updates", "1")
+    assert "rwr-sparse keeps 50% of the samples, not 10%" in capsys.readouterr().out
+    many = ["--samples-per-epoch", "10", "--samples-per-prompt", "10", "--updates", "1"]
+    run(tmp_path / "many", "--algorithm", "rwr-sparse", *many)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_run_that_was_moved_goes_on_with_the_prompts_and_rewards_that_it_had(tmp_path):
+    """Its prompt file edited, the model's folder and the reward's file elsewhere."""
+    home = tmp_path / "home"
+    shutil.copytree(small_model(), home / "model")
+    (home / "mine.py").write_text(
+        "def red(images, prompts):\n    return images[..., 0].mean((1, 2))\n"
+    )
+    (home / "prompts.txt").write_text("a cat\na bee\n")
+    options = ["--model", str(home / "model"), "--reward", f"{home / 'mine.py'}:red"]
+    options += ["--prompts", str(home / "prompts.txt")]
+    whole = run(tmp_path / "whole", *options)
+    run(home / "run", *options, "--epochs", "1")
+    (home / "prompts.txt").write_text("a fox\n")
+    shutil.move(home, tmp_path / "elsewhere")
+    home = tmp_path / "elsewhere"
+    assert "mine.py" in refusal(
+        resume, home / "run", "--epochs", "2", "--model", str(home / "model")
+    )
+    moved = ["--model", str(home / "model"), "--reward", f"{home / 'mine.py'}:red"]
+    resume(home / "run", "--epochs", "2", *moved)
+    for one, other in zip(metrics(whole), metrics(home / "run"), strict=True):
+        for name in one:
+            assert name.startswith("seconds") or one[name] == other[name]
+
+
+def test_another_function_of_a_users_file_is_another_reward(tmp_path):
+    """Only the folder of the file may change."""
+    path = tmp_path / "mine.py"
+    text = "def {}(images, prompts):\n    return images[..., 0].mean((1, 2))\n"
+    path.write_text(text.format("red") + text.format("rot"))
+    run(tmp_path / "run", "--reward", f"{path}:red", "--epochs", "1")
+    assert "leave out --reward" in refusal(
+        resume, tmp_path / "run", "--reward", f"{path}:rot", "--epochs", "2"
+    )
+
+
+def test_one_of_several_processes_that_cannot_find_the_others_is_refused(tmp_path, monkeypatch):
+    """As job queues start them: RANK and WORLD_SIZE set, no torchrun. Each ran by itself."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    line = refusal(train.main, tiny("--out", str(tmp_path / "run")))
+    assert "MASTER_ADDR, MASTER_PORT is not" in line and not (tmp_path / "run").exists()
