@@ -253,15 +253,21 @@ def ppo_loss(log_prob, log_prob_old, advantages, clip_range):
     return -torch.minimum(ratio * advantages, clipped * advantages), ratio
 
 
-def policy_log_prob(unet, sampler, trajectories, i, k, uncond, guidance):
-    """log p_theta(x_{t-1} | x_t, c) of recorded actions under the present weights, with gradient.
+def policy_mean_std(unet, sampler, trajectories, i, k, uncond, guidance):
+    """The present policy's Gaussian in recorded states, with gradient.
 
-    Pair j is action k_j (0: the noisiest) of trajectory i_j. i, k (b,) -> (b,).
+    Pair j is state k_j (0: the noisiest) of trajectory i_j. i, k (b,)
+    -> mean (b, 4, h, w), std (b,).
     """
-    x_t, x_prev = trajectories.latents[i, k], trajectories.latents[i, k + 1]
-    t = trajectories.timesteps[k]
+    x_t, t = trajectories.latents[i, k], trajectories.timesteps[k]
     eps = predict_noise(unet, x_t, t, trajectories.prompt_embeds[i], uncond, guidance)
-    return gaussian_log_prob(x_prev, *sampler.mean_std(eps, x_t, t))
+    return sampler.mean_std(eps, x_t, t)
+
+
+def policy_log_prob(unet, sampler, trajectories, i, k, uncond, guidance):
+    """log p_theta(x_{t-1} | x_t, c) of recorded actions, pairs as above. i, k (b,) -> (b,)."""
+    mean, std = policy_mean_std(unet, sampler, trajectories, i, k, uncond, guidance)
+    return gaussian_log_prob(trajectories.latents[i, k + 1], mean, std)
 
 
 def by_prompt(weigh, prompts, rewards):
@@ -534,8 +540,8 @@ class RWRSparse(RWR):
         kept, expected = weights.mean().item(), 1 - self.settings.percentile
         if kept > 2 * expected:
             print(
-                f"warning: rwr-sparse keeps {kept:.0%} of the samples, not {expected:.0%}: of few a "
-                "prompt the best one is kept anyway. Raise --samples-per-prompt"
+                f"warning: rwr-sparse keeps {kept:.0%} of the samples, not {expected:.0%}: of few "
+                "a prompt the best is kept anyway. Raise --samples-per-prompt"
             )
         return weights
 

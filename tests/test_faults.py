@@ -133,7 +133,7 @@ def test_a_reward_without_spread_is_said_to_be_one(tmp_path, capsys):
 
 
 def test_prompts_that_are_read_alike_are_named(tmp_path, capsys):
-    """The text encoder reads 16 tokens; what comes after makes no difference, and nothing said so."""
+    """The text encoder reads 16 tokens; that what comes after is lost was not said."""
     path, long = tmp_path / "prompts.txt", "a cat on a red background " * 4
     path.write_text(f"{long}and a dog\n{long}and a bee\na lion\n")
     run(tmp_path / "run", "--prompts", str(path), "--epochs", "1")
