@@ -1,39 +1,94 @@
-"""How much memory an epoch of DDPO takes on full-size SD v1.4, *counted* without a GPU: `python tests/memory.py`.
+"""How much memory an epoch of DDPO takes on full-size SD v1.4, *counted* without a GPU.
 
-Every tensor is fake (FakeTensorMode: shapes and types, no data), so that the real code runs through the real sizes on any machine: sampling with
-guidance, the VAE's decoding, CLIP L/14 as the reward, and the updates. MemTracker adds up what is alive at each moment. What is not counted: the CUDA
-context (about 0.5 GIB), cuDNN's workspaces, and what the allocator loses to fragmentation.
+    python tests/memory.py              # a table, of minutes
+    python tests/memory.py --limits     # the two that must fit: 24 GB, with LoRA 10 GB
 
-The norms are made to compute in float32, as CUDA's autocast has them; the CPU's, which is used here, does not. The steps that a run repeats are cut
-short (T = 2, one picture a batch), for memory does not depend on them; the trajectories of a whole epoch, 256 pictures of T = 50, are there as ballast.
+Every tensor is fake (FakeTensorMode: shapes and types, no data), so that the real code runs through
+the real sizes on any machine: sampling with guidance, the VAE's decoding, CLIP L/14 as the reward,
+the updates. MemTracker adds up what is alive at each moment. What is not counted: the CUDA context
+(about 0.5 GiB), cuDNN's workspaces, and what the allocator loses to fragmentation.
+
+The norms are made to compute in float32, as CUDA's autocast has them; the CPU's, which is used
+here, does not. What a run repeats is cut short, for memory does not depend on it: one step a
+picture, one batch of pictures, two updates, of which the second has two passes, so that moments and
+gradients are there. The trajectories of a whole epoch, 256 pictures of T = 50, are there too.
 """
+
 import argparse
 import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import torch                                        # noqa: E402
-import torch.nn.functional as F                     # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode            # noqa: E402
-from torch.distributed._tools.mem_tracker import MemTracker         # noqa: E402
 
-import ddpo                                         # noqa: E402
-from scheduler import Scheduler                     # noqa: E402
-from unet import VAE, UNet, add_lora                # noqa: E402
+import ddpo
+from scheduler import NoiseSchedule, Sampler
+from train import Config
+from unet import VAE, UNet, add_lora
 
-SD_UNET = dict(sample_size=64, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=[320, 640, 1280, 1280], attention_head_dim=8,
-               norm_num_groups=32, cross_attention_dim=768, down_block_types=[*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
-               up_block_types=["UpBlock2D", *["CrossAttnUpBlock2D"] * 3])
-SD_VAE = dict(in_channels=3, out_channels=3, latent_channels=4, layers_per_block=2, block_out_channels=[128, 256, 512, 512], norm_num_groups=32)
-SCHEDULER = Scheduler.from_config(dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False))
+SD_UNET = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "cross_attention_dim": 768,
+    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+}
+SD_VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": [128, 256, 512, 512],
+    "norm_num_groups": 32,
+}
+SD_SCHEDULE = NoiseSchedule.from_config(
+    {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+        "set_alpha_to_one": False,
+    }
+)
+SD_TEXT = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+CLIP_L_14 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
 SAMPLES, T, GIB = 256, 50, 2**30
 
 
+def ignore(*_):
+    """In place of a hook."""
+
+
 class Tracker(MemTracker):
-    """The sum over all tensors alive, and its peak; without the bookkeeping of modules, which allows no frozen weights and no second pass."""
-    _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = lambda self, *_: None
+    """The sum over all tensors alive, and its peak.
+
+    Without the bookkeeping of modules, which allows no frozen weights and no second pass.
+    """
+
+    _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = ignore
 
 
 class Norms:
@@ -41,90 +96,147 @@ class Norms:
 
     def __enter__(self):
         self.real = F.group_norm, F.layer_norm
-        group, layer = self.real
-        F.group_norm = lambda x, groups, weight, bias, eps: group(x.float(), groups, weight.float(), bias.float(), eps)
-        F.layer_norm = lambda x, shape, weight, bias, eps: layer(x.float(), shape, weight.float(), bias.float(), eps)
+        F.group_norm, F.layer_norm = map(self.in_float32, self.real)
+
+    def in_float32(self, norm):
+        def wrapped(x, sizes, weight, bias, eps):
+            return norm(x.float(), sizes, weight.float(), bias.float(), eps)
+
+        return wrapped
 
     def __exit__(self, *_):
         F.group_norm, F.layer_norm = self.real
 
 
-def fake_policy(lora, checkpointing, dtype, device):
-    """A full-size Stable Diffusion without weights on `device`, as train.load_policy would have it -> ddpo.Policy, CLIP."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+class Unmeasured(ddpo.DDPO):
+    """DDPO but for the metrics, which need numbers."""
 
-    def frozen(net, dtype):
-        for module in net.modules():                # .to() needs real tensors
-            for name, p in [*module._parameters.items()]:
-                if p is not None:
-                    module._parameters[name] = torch.nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device), requires_grad=False)
-        return net.eval()
+    def metrics(self, logged):
+        return {}
 
-    with torch.device(device):
-        unet, vae = UNet(SD_UNET), frozen(VAE(SD_VAE), dtype)
-        encoder = frozen(CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)), dtype)
-        clip = frozen(CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                                                                     patch_size=14, projection_dim=768)), torch.float32)
+
+class Tokenizer:
+    """One text's worth of zeros."""
+
+    model_max_length = 77
+
+    def __call__(self, prompt, **options):
+        return SimpleNamespace(input_ids=torch.zeros(1, 77, dtype=torch.int64))
+
+
+def frozen(net, dtype):
+    """Without gradients, in another type: `.to()` needs real tensors."""
+    for module in net.modules():
+        for name, p in [*module._parameters.items()]:
+            if p is not None:
+                empty = torch.empty(p.shape, dtype=dtype)
+                module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
+    return net.eval()
+
+
+def fake_policy(lora, checkpointing, dtype):
+    """A full-size Stable Diffusion without weights, as train.load_policy has it -> Policy, CLIP."""
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
+
+    unet, vae = UNet(SD_UNET), frozen(VAE(SD_VAE), dtype)
+    encoder = frozen(CLIPTextModel(CLIPTextConfig(**SD_TEXT)), dtype)
+    clip = frozen(CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP_L_14)), torch.float32)
     if lora:
         unet = add_lora(frozen(unet, dtype), lora)
-        unet = unet if device == "cpu" else unet.to(device)             # fake tensors cannot be moved, and need not be
     unet.gradient_checkpointing = checkpointing
-    if dtype != torch.float32:
-        unet.forward, vae.decode = (torch.autocast("cpu", dtype)(function) for function in (unet.forward, vae.decode))
-    tokenizer = lambda prompt, **_: SimpleNamespace(input_ids=torch.zeros(1, 77, dtype=torch.int64))           # noqa: E731
-    tokenizer.model_max_length = 77
-    return ddpo.Policy(unet, vae, SCHEDULER.to(device), tokenizer, encoder, torch.device(device), 2, 1.0, 5.0), clip
+    policy = ddpo.Policy(
+        unet=unet,
+        vae=vae,
+        sampler=Sampler(SD_SCHEDULE, 1, 1.0),
+        tokenizer=Tokenizer(),
+        text_encoder=encoder,
+        device=torch.device("cpu"),
+        guidance=5.0,
+        dtype=dtype,
+    )
+    return policy, clip
 
 
-def epoch(policy, clip, micro_batch, scaler):
-    """Sampling, decoding, reward, and two updates: everything of an epoch but what needs numbers -> the last update's metrics."""
+def rewarded(policy, clip):
+    """Let the policy's pictures be rewarded by CLIP and stay where they are: they hold no data."""
+
+    @torch.no_grad()
+    def decode(latents):
+        with policy.autocast():
+            decoded = policy.vae.decode(latents)
+        images = (decoded.float() / 2 + 0.5).clamp(0, 1)
+        return clip(pixel_values=F.interpolate(images, (224, 224))).image_embeds
+
+    policy.decode = decode
+
+
+def whole(embeds):
+    """Trajectories of T steps, empty, whatever was drawn; prompt_embeds (B, 77, 768)."""
+    B = len(embeds)
+    latents, log_probs = torch.empty(B, T + 1, 4, 64, 64), torch.empty(B, T)
+    return ddpo.Trajectories(latents, log_probs, torch.zeros(T, dtype=torch.int64), embeds)
+
+
+def epoch(policy, micro_batch, scaler):
+    """Sampling, decoding, reward and two updates: of an epoch all but what needs numbers."""
     trained = [p for p in policy.unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=policy.device.type != "meta")
-    decode = policy.vae.decode
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    algorithm = Unmeasured(Config(batch_size=micro_batch))
 
-    def roll_out(start):                            # Policy.sample and Policy.decode, but for the pictures' way to the host
+    def roll_out():
         optimizer.zero_grad()
-        noise = torch.stack([ddpo.named_noise((4, 64, 64), policy.T + 1, 0, 0, start + i) for i in range(micro_batch)]).to(policy.device)
-        trajectories = ddpo.sample(policy.unet, policy.scheduler, policy.embed(["a cat"] * micro_batch), policy.embed([""]), noise, policy.T, policy.eta, policy.w)
-        with torch.no_grad():
-            images = (decode(trajectories.latents[:, -1]).float() / 2 + 0.5).clamp(0, 1)
-            clip(pixel_values=F.interpolate(images, (224, 224)))
-        return trajectories
+        records = [whole(torch.empty(SAMPLES - micro_batch, 77, 768))]
+        names = [(0, 0, i) for i in range(micro_batch)]
+        for drawn, _ in policy.sample(["a cat"] * len(names), names, micro_batch):
+            records.append(algorithm.record(whole(drawn.prompt_embeds)))
+        return records
 
-    trajectories = ddpo.Trajectories.cat([roll_out(start) for start in range(0, 2 * micro_batch, micro_batch)])
-    ballast = [torch.empty(SAMPLES - len(trajectories), T + 1, 4, 64, 64, device=policy.device), torch.empty(SAMPLES, 77, 768, device=policy.device)]
-    trajectories.advantages = torch.ones(len(trajectories), device=policy.device)
-    for minibatch in torch.arange(len(trajectories), device=policy.device).split(micro_batch):
-        metrics = ddpo.update(policy.unet, optimizer, policy.scheduler, trajectories, minibatch, policy.embed([""]), algorithm="ddpo-is", eta=policy.eta,
-                              w=policy.w, clip_range=1e-4, micro_batch=micro_batch, max_grad_norm=1.0, scaler=scaler)
-    roll_out(0)                                     # the end of the next epoch's sampling: the optimizer's moments are there from now on
-    del ballast
-    return metrics
+    records = roll_out()
+    batches = algorithm.batches(policy, records, [], torch.ones(SAMPLES), [0, 0, 1])
+    for passes, batch in zip((1, 2), batches):
+        some = batch[: passes * micro_batch]
+        ddpo.optimizer_step(policy, algorithm, optimizer, some, micro_batch, 1.0, scaler)
+    del batch, batches, some, records
+    roll_out()  # the next epoch's: the optimizer's moments are there from now on
 
 
 def peak(lora, checkpointing, micro_batch, dtype):
     """The peak of an epoch, in GiB."""
     with FakeTensorMode(allow_non_fake_inputs=True), Norms():
-        policy, clip = fake_policy(lora, checkpointing, dtype, "cpu")
+        policy, clip = fake_policy(lora, checkpointing, dtype)
+        rewarded(policy, clip)
         tracker = Tracker()
         tracker.track_external(policy.unet, policy.vae, policy.text_encoder, clip)
         with tracker:
-            epoch(policy, clip, micro_batch, torch.amp.GradScaler("cpu", enabled=dtype == torch.float16))
+            scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
+            epoch(policy, micro_batch, scaler)
         return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] / GIB
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Counts the memory of full-size DDPO under fake tensors.")
+    parser = argparse.ArgumentParser(description="Counts the memory of full-size DDPO.")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp16"])
-    parser.add_argument("--limits", action="store_true", help="only micro-batch 1 with checkpointing: full under 24 GB, LoRA under 10 GB, or fail")
+    parser.add_argument(
+        "--limits",
+        action="store_true",
+        help="only micro-batch 1 with checkpointing: full under 24 GB, LoRA under 10 GB, or fail",
+    )
     given = parser.parse_args()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[given.precision]
-    print("| trained | --grad-checkpointing | --micro-batch | GiB, counted |\n| --- | --- | --- | --- |")
-    for lora, checkpointing, micro_batch in itertools.product((0, 4), (True, False), (1,) if given.limits else (1, 4, 8)):
-        if given.limits and not checkpointing:
-            continue
+    print("| trained | --grad-checkpointing | --micro-batch | GiB, counted |")
+    print("| --- | --- | --- | --- |")
+    ways = itertools.product((0, 4), (True, False), (1, 4, 8))
+    if given.limits:
+        ways = [(0, True, 1), (4, True, 1)]
+    for lora, checkpointing, micro_batch in ways:
         size = peak(lora, checkpointing, micro_batch, dtype)
-        print(f"| {'LoRA, rank 4' if lora else 'full UNet'} | {'yes' if checkpointing else 'no'} | {micro_batch} | {size:.1f} |", flush=True)
+        trained, saving = "LoRA, rank 4" if lora else "full UNet", "yes" if checkpointing else "no"
+        print(f"| {trained} | {saving} | {micro_batch} | {size:.1f} |", flush=True)
         if given.limits and size * GIB >= (10e9 if lora else 24e9):
             raise SystemExit("over the limit")
 
