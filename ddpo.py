@@ -3,40 +3,34 @@
 Denoising as an MDP (Sec. 4.3): the state is (c, t, x_t), the action x_{t-1}, the policy the
 Gaussian p_theta(x_{t-1} | x_t, c) of scheduler.py; the reward r(x_0, c) comes once, at the end.
 
-    guided_noise, predict_noise                 Eq. 3: guidance, in sampling and training alike
-    Trajectories, sample                        Sec. 4.3: roll the policy out, record it
-    Policy                                      a Stable Diffusion, from prompts to pictures
-    PromptStatistics, normalize_advantages      App. D.3: rewards normalised prompt by prompt
-    reinforce_loss, ppo_loss, policy_log_prob   Sec. 4.3, D.1: the two policy gradients
-    rwr_weights, sparse_weights, denoising_loss Sec. 4.2: reward-weighted regression
-    Algorithm; DDPO, DDPOScoreFunction, RWR, RWRSparse          ALGORITHMS
-    accumulate, optimizer_step                  one update, in micro-batches
-    alarms                                      what goes wrong in practice, seen early
-    join ... sum_gradients                      several processes
+    guided_noise, predict_noise                     Eq. 3: guidance, in sampling and training alike
+    Trajectories, sample, Policy                    Sec. 4.3: roll the policy out, record it
+    PromptStatistics, normalize_advantages          App. D.3: rewards normalised prompt by prompt
+    reinforce_loss, ppo_loss, policy_log_prob       Sec. 4.3, D.1: the two policy gradients
+    rwr_weights, sparse_weights, denoising_loss     Sec. 4.2: reward-weighted regression
+    Algorithm; DDPO, DDPOScoreFunction, RWR, RWRSparse; accumulate, optimizer_step
+    alarms                                          what goes wrong in practice, seen early
+    join ... sum_gradients                          several processes
 
-Deviations from the paper's text (t) or its authors' code (c), beside those of scheduler.py:
+Deviations, beside those of scheduler.py. From the paper's text, where it and its code differ:
 
-    what                                   why                     effect
-    t losses are means over the            as in their code        DDPO_SF's gradient is 1/T of the
-      timesteps, not sums                                          paper's; Adam does not mind
-    t normalised by a prompt's last 32     as in their code; D.3   none known
-      rewards, from the 16th on, else by   gives no numbers and
-      the epoch's                          no fallback
-    t advantages are clipped at +-10       their JAX code; their   outliers, if any
-                                           PyTorch code takes 5
-    c noise is named (seed, epoch,         resume and processes    results depend on batch sizes
-      sample), not drawn from one stream   to the bit              by rounding only
-    c RWR trains on the sampled x_0;       no error of the VAE     none known
-      theirs encodes the pictures again    in the data
-      and samples the VAE's posterior
-    c RWR's weights are per prompt for     Sec. 4.2 and D.3        theirs takes one softmax over
-      every reward                                                 all prompts for the JPEG rewards
-    c RWR's loss is a mean over the batch  the text's expectation  theirs is 1/128 of it on their
-                                                                   pod: clipping never binds
-    c RWR-sparse takes the percentile of   a round's samples are   theirs samples until 1,024 are
-      a round's samples of each prompt     there at once           kept; with few samples a prompt
-                                                                   ours keeps a larger share
-    c float32 throughout                   reproducible            theirs: bfloat16 first moments
+    what                                        why; effect
+    losses are means over timesteps, not sums   the code; REINFORCE's gradient is 1/T of the true
+    normalised by a prompt's last 32 rewards,   the code; D.3 gives no numbers
+      from the 16th on, else by the epoch's
+    advantages are clipped at +-10              the JAX code (PyTorch: 5); touches outliers only
+
+and from the code:
+
+    noise is named (seed, epoch, sample)        resume and processes to the bit; batch sizes change
+                                                results by rounding only
+    RWR trains on the sampled x_0               theirs encodes pictures and samples the VAE's
+                                                posterior; here no error of the VAE is in the data
+    RWR's weights are per prompt, always        D.3; for JPEG rewards theirs are over all
+    RWR's loss is a mean over the batch         theirs is 1/128 of it: its clipping never binds
+    RWR-sparse: percentile of a round's own     theirs samples until 1,024 are kept; of few samples
+      samples of each prompt                    a prompt, ours keeps a larger share, and says so
+    float32                                     theirs: bfloat16 first moments
 """
 
 import math
@@ -135,7 +129,7 @@ class Policy:
     dtype: torch.dtype = torch.float32  # of the networks' arithmetic
 
     def __post_init__(self):
-        # 512 prompts of SD v1.4 take 121 MB; all prompts of a long list would take gigabytes
+        # 512 prompts of SD v1.4 take 121 MB; all those of a long list would take gigabytes
         self.encoded = lru_cache(maxsize=512)(self.encode)
 
     def autocast(self):
@@ -215,9 +209,7 @@ class PromptStatistics:
 
     def load_state_dict(self, state):
         """What `state_dict` gave."""
-        self.history = {
-            prompt: deque(rewards, maxlen=self.size) for prompt, rewards in state.items()
-        }
+        self.history = {prompt: deque(row, maxlen=self.size) for prompt, row in state.items()}
 
 
 def normalize_advantages(rewards, mean, std, limit=10.0):
@@ -393,17 +385,11 @@ class DDPO(Algorithm):
         """Every picture is taken once an epoch."""
         n, size = settings.samples_per_epoch, settings.batch_size
         require(settings.eta > 0, "--eta 0: a step without noise has no policy gradient")
-        require(
-            not settings.no_cfg_training,
-            "--no-cfg-training is for rwr and rwr-sparse: DDPO's ratios compare the policy that "
-            "sampled with the one that trains, so both must be guided alike",
-        )
+        why = "DDPO's ratios need the same guidance in sampling and in training"
+        require(not settings.no_cfg_training, f"--no-cfg-training is for rwr and rwr-sparse: {why}")
         require(n % size == 0, f"--samples-per-epoch {n} must be a multiple of --batch-size {size}")
-        require(
-            settings.updates in (None, n // size),
-            f"--updates {settings.updates}: each picture is taken once, {n // size} updates of "
-            f"--batch-size {size}",
-        )
+        why = f"each picture is taken once, {n // size} updates of --batch-size {size}"
+        require(settings.updates in (None, n // size), f"--updates {settings.updates}: {why}")
         settings.updates = n // size
 
     def weights(self, prompts, rewards):
@@ -468,10 +454,8 @@ class DDPOScoreFunction(DDPO):
     def settle(cls, settings, given):
         """A batch is the whole epoch."""
         n, size = settings.samples_per_epoch, settings.batch_size
-        require(
-            size == n or "batch_size" not in given,
-            f"--batch-size {size}: ddpo-sf takes one update an epoch, so all its samples ({n})",
-        )
+        why = f"ddpo-sf takes one update an epoch, so all its samples ({n})"
+        require(size == n or "batch_size" not in given, f"--batch-size {size}: {why}")
         settings.batch_size = n
         super().settle(settings, given)
 
@@ -485,13 +469,8 @@ class DDPOScoreFunction(DDPO):
 class RWR(Algorithm):
     """Reward-weighted regression on the policy's own samples. Sec. 4.2, D.2."""
 
-    defaults = {  # App. D.5; the last two are ours
-        "samples_per_epoch": 10_000,
-        "batch_size": 128,
-        "updates": 400,
-        "eval_every": 1,
-        "checkpoint_every": 1,
-    }
+    defaults = {"samples_per_epoch": 10_000, "batch_size": 128, "updates": 400}  # App. D.5
+    defaults.update(eval_every=1, checkpoint_every=1)
     fresh_optimizer = True  # as in the authors' code: each round is a regression of its own
 
     def record(self, trajectories):
@@ -539,10 +518,8 @@ class RWRSparse(RWR):
         weights = sparse_weights(prompts, rewards, self.settings.percentile)
         kept, expected = weights.mean().item(), 1 - self.settings.percentile
         if kept > 2 * expected:
-            print(
-                f"warning: rwr-sparse keeps {kept:.0%} of the samples, not {expected:.0%}: of few "
-                "a prompt the best is kept anyway. Raise --samples-per-prompt"
-            )
+            why = "of few a prompt the best is kept anyway. Raise --samples-per-prompt"
+            print(f"warning: rwr-sparse keeps {kept:.0%} of the samples, not {expected:.0%}: {why}")
         return weights
 
 
@@ -613,37 +590,32 @@ def alarms(lines, updates):
     values = [np.atleast_1d(v) for v in now.values() if isinstance(v, (int, float, list))]
     if not np.isfinite(np.concatenate(values)).all():
         return {"not finite": "not all metrics are finite numbers. Try a smaller --lr"}
-    error = now.get("first_ratio_error") or 0
+    error, norm = now.get("first_ratio_error") or 0, now["grad_norm"]
     if error > 1e-5:
-        found["ratio"] = (
-            f"the ratio is off 1 by {error:.1e} before the first update: training computes another "
-            "log-probability than sampling did. --micro-batch like --sample-batch? the precision?"
-        )
+        found["ratio"] = f"the ratio is off 1 by {error:.1e} before the first update: training "
+        found["ratio"] += "computes another log-probability than sampling did. --micro-batch like "
+        found["ratio"] += "--sample-batch? the precision?"
     before = [line["grad_norm"] for line in lines[-21:-1] if line["grad_norm"]]  # 0: skipped
     usual = np.median(before) if len(before) >= 3 else np.inf
-    if now["grad_norm"] > 10 * usual:
-        found["gradient"] = (
-            f"the gradient's norm, {now['grad_norm']:.2g}, is over 10 times what it was "
-            f"({usual:.2g}). Try a smaller --lr"
-        )
-    if now["reward_std"] == 0:
+    if norm > 10 * usual:
+        found["gradient"] = f"the gradient's norm, {norm:.2g}, is over 10 times what it was "
+        found["gradient"] += f"({usual:.2g}). Try a smaller --lr"
+    if now.get("reward_std") == 0:
         found["spread"] = "all rewards of the epoch are alike: there is nothing to learn from them"
     elif updates > 1 and now["clip_fraction"] is not None and len(lines) >= 3:
         # of the updates that can clip: in an epoch's first one all ratios are 1
-        share_outside = np.mean([line["clip_fraction"] for line in lines[-3:]])
-        share_outside *= updates / (updates - 1)
-        what = f"{share_outside:.1%} of ratios are outside the clip range after the first update: "
-        if share_outside < 0.001:
+        outside = np.mean([line["clip_fraction"] for line in lines[-3:]]) * updates / (updates - 1)
+        what = f"{outside:.1%} of ratios are outside the clip range after the first update: "
+        if outside < 0.001:
             found["clipping"] = what + "the policy hardly moves. Try a larger --lr"
-        if share_outside > 0.9:
+        if outside > 0.9:
             found["clipping"] = what + "it moves too far. Try a smaller --lr or wider --clip-range"
     seen = [line for line in lines if line.get("eval_diversity")]
     if seen and has_collapsed(seen[0], seen[-1]):
-        found["diversity"] = (
-            f"the reward rises while diversity falls ({seen[0]['eval_diversity']:.2f} -> "
-            f"{seen[-1]['eval_diversity']:.2f}): samples of a prompt grow alike. Look at samples/; "
-            "stop here, or try a smaller --lr or larger batches"
-        )
+        first, last = seen[0]["eval_diversity"], seen[-1]["eval_diversity"]
+        found["diversity"] = f"the reward rises while diversity falls ({first:.2f} -> {last:.2f}): "
+        found["diversity"] += "samples of a prompt grow alike. Look at samples/; stop here, or try "
+        found["diversity"] += "a smaller --lr or larger batches"
     return found
 
 
@@ -655,23 +627,18 @@ def has_collapsed(first, last):
 
 
 def join(device):
-    """Meet the other processes, each with its own device, and wait for all.
-
-    torchrun says how to by these variables; so do job queues.
-    """
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if os.environ.get("WORLD_SIZE", "1") != "1" and not dist.is_initialized():
-        absent = [name for name in names if name not in os.environ]
-        require(
-            not absent,
-            f"WORLD_SIZE is set, so this is one of several processes, but {', '.join(absent)} is "
-            "not: start them by torchrun, set it, or unset WORLD_SIZE",
-        )
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # a slow reward is no death
-        dist.barrier()
+    """Meet the other processes, each with its own device. torchrun says how, or a job queue."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
+        return
+    absent = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
+    why = f"WORLD_SIZE is set, as for several processes, but {', '.join(absent)} is not"
+    require(not absent, f"{why}: start them by torchrun, set it, or unset WORLD_SIZE")
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # a slow reward is no death
+    dist.barrier()
 
 
 def leave():
@@ -688,10 +655,8 @@ def together():
     try:
         yield
     except RuntimeError as error:
-        raise UserError(
-            f"another process has ended ({str(error).splitlines()[0]}); its own line says why, and "
-            "--resume goes on"
-        ) from error
+        what = f"another process has ended ({str(error).splitlines()[0]})"
+        raise UserError(f"{what}; its own line says why, and --resume goes on") from error
 
 
 def processes():

@@ -162,27 +162,19 @@ class NoiseSchedule:
         """
         for name, value in SD_V1_FIELDS.items():
             given = config.get(name, value)
-            require(
-                given == value,
-                f"{where} has {name} = {given!r}; only {value!r} (that of SD v1.x) is implemented",
-            )
+            only = f"only {value!r} (that of SD v1.x) is implemented"
+            require(given == value, f"{where} has {name} = {given!r}; {only}")
         first, last = config.get("beta_start"), config.get("beta_end")
         count, offset = config.get("num_train_timesteps", 1000), config.get("steps_offset", 0)
-        require(
-            all(type(beta) in (int, float) for beta in (first, last)) and 0 < first <= last < 1,
-            f"{where} has beta_start = {first!r}, beta_end = {last!r}; "
-            "needed: 0 < beta_start <= beta_end < 1",
-        )
-        require(
-            type(count) is int and count > 0 and type(offset) is int and offset >= 0,
-            f"{where} has num_train_timesteps = {count!r}, steps_offset = {offset!r}; "
-            "needed: whole numbers, above 0 and from 0",
-        )
         kind = config.get("beta_schedule")
-        require(
-            kind in ("scaled_linear", "linear"),
-            f"{where} has beta_schedule = {kind!r}; needed: 'scaled_linear' or 'linear'",
-        )
+        numbers = all(type(beta) in (int, float) for beta in (first, last))
+        betas = f"beta_start = {first!r}, beta_end = {last!r}; needed: 0 < start <= end < 1"
+        require(numbers and 0 < first <= last < 1, f"{where} has {betas}")
+        whole = type(count) is int and count > 0 and type(offset) is int and offset >= 0
+        counts = f"num_train_timesteps = {count!r}, steps_offset = {offset!r}"
+        require(whole, f"{where} has {counts}; needed: whole numbers, above 0 and from 0")
+        known = kind in ("scaled_linear", "linear")
+        require(known, f"{where} has beta_schedule = {kind!r}; needed: scaled_linear or linear")
         if kind == "scaled_linear":
             betas = torch.linspace(first**0.5, last**0.5, count, dtype=torch.float32) ** 2
         else:
@@ -195,10 +187,7 @@ class NoiseSchedule:
     def from_folder(cls, folder):
         """From `folder`/scheduler_config.json. Raises UserError."""
         path = Path(folder) / "scheduler_config.json"
-        require(
-            path.is_file(),
-            f"{path} is missing: not the scheduler folder of a model in the diffusers layout",
-        )
+        require(path.is_file(), f"{path} is missing: no scheduler of a model as diffusers has it")
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:  # not JSON, or not even text
@@ -221,15 +210,12 @@ class Sampler:
     def __init__(self, schedule, T, eta):
         N = len(schedule.alphas_bar)
         require(1 <= T <= N, f"--steps {T}: between 1 and {N} denoising steps are possible")
-        self.schedule, self.T, self.eta, self.stride = schedule, T, eta, N // T
+        self.schedule, self.T, self.eta = schedule, T, eta
+        self.stride = N // T
         ascending = torch.arange(T, device=schedule.alphas_bar.device) * self.stride
         self.timesteps = ascending.flip(0) + schedule.steps_offset
-        first = int((T - 1) * self.stride + schedule.steps_offset)
-        require(
-            first < N,
-            f"--steps {T}: with the schedule's steps_offset of {schedule.steps_offset} it asks for "
-            f"timestep {first} of {N}",
-        )
+        first, offset = (T - 1) * self.stride + schedule.steps_offset, schedule.steps_offset
+        require(first < N, f"--steps {T}: with steps_offset {offset}, timestep {first} of {N}")
 
     def alpha_bar(self, timesteps):
         """alpha_bar at each timestep and at the next one of sampling. (B,) -> (B,), (B,)."""
