@@ -63,3 +63,16 @@ def test_settings_of_an_algorithms_own_are_checked(tmp_path):
     for text, words in (("kl=1", "kl_weight"), ("kl_weight=a", "float"), ("kl_weight", "float")):
         assert words in refusal(train.main, tiny(*options, "--set", text))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_readmes_own_algorithm_and_reward_work_as_printed(tmp_path):
+    """The blocks are cut out of it; their first line says file and command."""
+    readme = (Path(train.__file__).parent / "README.md").read_text(encoding="utf-8")
+    for file in ("sign.py", "mine.py"):
+        code = next(c for c in readme.split("```") if c.startswith(f"python\n# {file}"))
+        code = code.removeprefix("python\n")
+        (tmp_path / file).write_text(code)
+        options = code.splitlines()[0].partition("python train.py ")[2].split()
+        options[1] = str(tmp_path / options[1])
+        run(tmp_path / f"run-{file}", *options)
+        assert len(metrics(tmp_path / f"run-{file}")) == 2
