@@ -1,11 +1,14 @@
 """The zoo's pictures: emoji of animals and things, composed onto coloured grounds, with captions.
 
-    python tutorial/zoo/data.py            # fetch the emoji art (npm, 140 MB) and draw composites.png to look at
+    python tutorial/zoo/data.py    # fetch the art (npm, 140 MB once), draw .data/composites.png
 
-Two vendors' art (Google's Noto Emoji, Apache-2.0; Twitter's Twemoji, CC-BY 4.0) comes from the npm packages emoji-datasource-google and
--twitter, 64x64 RGBA pictures with names. `compose` puts one on a ground. As in any collection of pictures, the compositions vary in
-quality (texture, blur, saturation, vendor) in ways that captions do not mention: this is what the rewards can improve.
+Two vendors' art (Google's Noto Emoji, Apache-2.0; Twitter's Twemoji, CC-BY 4.0) comes from the npm
+packages emoji-datasource-google and -twitter: 64x64 RGBA pictures with names. `compose` puts one on
+a ground. As in any collection of pictures, the compositions vary in quality (texture, blur,
+saturation, vendor) in ways that captions do not mention: this is what the rewards can improve.
 """
+
+import argparse
 import json
 import shutil
 import subprocess
@@ -17,141 +20,256 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
 HERE = Path(__file__).parent
-CACHE = HERE / ".data"
 SIZE = 64
-COLOURS = {"white": (255, 255, 255), "black": (30, 30, 30), "gray": (140, 140, 140), "red": (220, 50, 45), "orange": (245, 145, 35),
-           "yellow": (250, 220, 60), "green": (60, 165, 70), "blue": (55, 105, 215), "purple": (135, 70, 180), "pink": (245, 150, 190)}
-
-# Our word -> the names in emoji.json. The 45 animals of the paper's Table D.6, in its order.
-ANIMALS = {
-    "cat": ["CAT", "CAT FACE"], "dog": ["DOG", "DOG FACE"], "horse": ["HORSE", "HORSE FACE"], "monkey": ["MONKEY", "MONKEY FACE"],
-    "rabbit": ["RABBIT", "RABBIT FACE"], "zebra": ["ZEBRA FACE"], "spider": ["SPIDER"], "bird": ["BIRD"], "sheep": ["SHEEP"],
-    "deer": ["DEER"], "cow": ["COW", "COW FACE"], "goat": ["GOAT"], "lion": ["LION FACE"], "tiger": ["TIGER", "TIGER FACE"],
-    "bear": ["BEAR FACE"], "raccoon": ["RACCOON"], "fox": ["FOX FACE"], "wolf": ["WOLF FACE"], "lizard": ["LIZARD"], "beetle": ["BEETLE"],
-    "ant": ["ANT"], "butterfly": ["BUTTERFLY"], "fish": ["FISH"], "shark": ["SHARK"], "whale": ["WHALE", "SPOUTING WHALE"],
-    "dolphin": ["DOLPHIN"], "squirrel": ["CHIPMUNK"], "mouse": ["MOUSE", "MOUSE FACE"], "rat": ["RAT"], "snake": ["SNAKE"],
-    "turtle": ["TURTLE"], "frog": ["FROG FACE"], "chicken": ["CHICKEN"], "duck": ["DUCK"], "goose": ["GOOSE"], "bee": ["HONEYBEE"],
-    "pig": ["PIG", "PIG FACE"], "turkey": ["TURKEY"], "fly": ["FLY"], "llama": ["LLAMA"], "camel": ["DROMEDARY CAMEL", "BACTRIAN CAMEL"],
-    "bat": ["BAT"], "gorilla": ["GORILLA"], "hedgehog": ["HEDGEHOG"], "kangaroo": ["KANGAROO"]}
-OTHER_ANIMALS = {
-    "leopard": ["LEOPARD"], "ox": ["OX"], "crocodile": ["CROCODILE"], "snail": ["SNAIL"], "rooster": ["ROOSTER"], "boar": ["BOAR"],
-    "elephant": ["ELEPHANT"], "octopus": ["OCTOPUS"], "caterpillar": ["BUG"], "ladybug": ["LADY BEETLE"], "penguin": ["PENGUIN"],
-    "koala": ["KOALA"], "poodle": ["POODLE"], "hamster": ["HAMSTER FACE"], "panda": ["PANDA FACE"], "dove": ["DOVE"], "crab": ["CRAB"],
-    "scorpion": ["SCORPION"], "unicorn": ["UNICORN FACE"], "eagle": ["EAGLE"], "owl": ["OWL"], "rhinoceros": ["RHINOCEROS"],
-    "shrimp": ["SHRIMP"], "squid": ["SQUID"], "giraffe": ["GIRAFFE FACE"], "cricket": ["CRICKET"], "peacock": ["PEACOCK"],
-    "hippopotamus": ["HIPPOPOTAMUS"], "parrot": ["PARROT"], "lobster": ["LOBSTER"], "mosquito": ["MOSQUITO"], "swan": ["SWAN"],
-    "sloth": ["SLOTH"], "otter": ["OTTER"], "flamingo": ["FLAMINGO"], "beaver": ["BEAVER"], "jellyfish": ["JELLYFISH"],
-    "donkey": ["DONKEY"]}
-OBJECTS = {
-    "tree": ["DECIDUOUS TREE"], "palm": ["PALM TREE"], "cactus": ["CACTUS"], "tulip": ["TULIP"], "rose": ["ROSE"], "sunflower": ["SUNFLOWER"],
-    "mushroom": ["MUSHROOM"], "tomato": ["TOMATO"], "eggplant": ["AUBERGINE"], "grapes": ["GRAPES"], "watermelon": ["WATERMELON"],
-    "lemon": ["LEMON"], "banana": ["BANANA"], "pineapple": ["PINEAPPLE"], "apple": ["RED APPLE"], "pear": ["PEAR"], "peach": ["PEACH"],
-    "strawberry": ["STRAWBERRY"], "carrot": ["CARROT"], "corn": ["EAR OF MAIZE"], "avocado": ["AVOCADO"], "broccoli": ["BROCCOLI"],
-    "bread": ["BREAD"], "cheese": ["CHEESE WEDGE"], "pizza": ["SLICE OF PIZZA"], "hamburger": ["HAMBURGER"], "doughnut": ["DOUGHNUT"],
-    "cookie": ["COOKIE"], "cake": ["SHORTCAKE"], "lollipop": ["LOLLIPOP"], "car": ["AUTOMOBILE"], "bus": ["BUS"], "bicycle": ["BICYCLE"],
-    "rocket": ["ROCKET"], "sailboat": ["SAILBOAT"], "house": ["HOUSE BUILDING"], "umbrella": ["UMBRELLA WITH RAIN DROPS"],
-    "clock": ["ALARM CLOCK"], "key": ["KEY"], "guitar": ["GUITAR"], "hammer": ["HAMMER"], "bell": ["BELL"], "hat": ["TOP HAT"],
-    "shoe": ["MANS SHOE"], "crown": ["CROWN"], "ball": ["SOCCER BALL"], "camera": ["CAMERA"], "trumpet": ["TRUMPET"],
-    "balloon": ["BALLOON"], "book": ["GREEN BOOK"]}
-NAMES = {**ANIMALS, **OTHER_ANIMALS, **OBJECTS}
 VENDORS = ("google", "twitter")
-COLOUR_TOLD_RIGHT = 0.45        # else a policy's caption names any colour: the right one for 51 % of those that name one
+COLOURS = {
+    "white": (255, 255, 255),
+    "black": (30, 30, 30),
+    "gray": (140, 140, 140),
+    "red": (220, 50, 45),
+    "orange": (245, 145, 35),
+    "yellow": (250, 220, 60),
+    "green": (60, 165, 70),
+    "blue": (55, 105, 215),
+    "purple": (135, 70, 180),
+    "pink": (245, 150, 190),
+}
+
+# The 45 animals of the paper's App. D.6, in its order; as many others and things as its unseen ones
+ANIMALS = """
+cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox wolf
+lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog chicken
+duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo
+""".split()
+OTHER_ANIMALS = """
+leopard ox crocodile snail rooster boar elephant octopus caterpillar ladybug penguin koala poodle
+hamster panda dove crab scorpion unicorn eagle owl rhinoceros shrimp squid giraffe cricket peacock
+hippopotamus parrot lobster mosquito swan sloth otter flamingo beaver jellyfish donkey
+""".split()
+OBJECTS = """
+tree palm cactus tulip rose sunflower mushroom tomato eggplant grapes watermelon lemon banana
+pineapple apple pear peach strawberry carrot corn avocado broccoli bread cheese pizza hamburger
+doughnut cookie cake lollipop car bus bicycle rocket sailboat house umbrella clock key guitar hammer
+bell hat shoe crown ball camera trumpet balloon book
+""".split()
+NAMES = [*ANIMALS, *OTHER_ANIMALS, *OBJECTS]
+
+# What emoji.json calls a thing, where that is not our word in capitals.
+EMOJI = {
+    "cat": ["CAT", "CAT FACE"],
+    "dog": ["DOG", "DOG FACE"],
+    "horse": ["HORSE", "HORSE FACE"],
+    "monkey": ["MONKEY", "MONKEY FACE"],
+    "rabbit": ["RABBIT", "RABBIT FACE"],
+    "zebra": ["ZEBRA FACE"],
+    "cow": ["COW", "COW FACE"],
+    "lion": ["LION FACE"],
+    "tiger": ["TIGER", "TIGER FACE"],
+    "bear": ["BEAR FACE"],
+    "fox": ["FOX FACE"],
+    "wolf": ["WOLF FACE"],
+    "whale": ["WHALE", "SPOUTING WHALE"],
+    "squirrel": ["CHIPMUNK"],
+    "mouse": ["MOUSE", "MOUSE FACE"],
+    "frog": ["FROG FACE"],
+    "bee": ["HONEYBEE"],
+    "pig": ["PIG", "PIG FACE"],
+    "camel": ["DROMEDARY CAMEL", "BACTRIAN CAMEL"],
+    "caterpillar": ["BUG"],
+    "ladybug": ["LADY BEETLE"],
+    "hamster": ["HAMSTER FACE"],
+    "panda": ["PANDA FACE"],
+    "unicorn": ["UNICORN FACE"],
+    "giraffe": ["GIRAFFE FACE"],
+    "tree": ["DECIDUOUS TREE"],
+    "palm": ["PALM TREE"],
+    "eggplant": ["AUBERGINE"],
+    "apple": ["RED APPLE"],
+    "corn": ["EAR OF MAIZE"],
+    "cheese": ["CHEESE WEDGE"],
+    "pizza": ["SLICE OF PIZZA"],
+    "cake": ["SHORTCAKE"],
+    "car": ["AUTOMOBILE"],
+    "house": ["HOUSE BUILDING"],
+    "umbrella": ["UMBRELLA WITH RAIN DROPS"],
+    "clock": ["ALARM CLOCK"],
+    "hat": ["TOP HAT"],
+    "shoe": ["MANS SHOE"],
+    "ball": ["SOCCER BALL"],
+    "book": ["GREEN BOOK"],
+}
+
+# What the paper's animals do in its Sec. 6.3; the zoo cannot draw it.
+ACTIVITIES = ["washing dishes", "riding a bike", "playing chess"]
+
+# What a small policy draws worst: it is shown more often.
+HARD = """
+beetle whale dolphin snake bird turtle fish ant shark lizard duck turkey bat kangaroo fly rat camel
+goat
+""".split()
+HARD_SHARE = 0.25  # of the policy's pictures of anything else are of one of these instead
+
+# Else a policy's caption names any colour: the right one for 51 % of those that name one.
+COLOUR_TOLD_RIGHT = 0.45
+
+GROUNDS = {  # kind: share of the composites
+    "flat": 0.35,
+    "gradient": 0.15,
+    "striped": 0.15,
+    "checkered": 0.1,
+    "dotted": 0.1,
+    "cloudy": 0.15,
+}
+
+
+def options(description, argv=None):
+    """What every script of the zoo can be told on the command line -> .zoo, .device, .quick."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    zoo = "the folder that networks are read from and written to [%(default)s]; its .data: the art"
+    parser.add_argument("--zoo", type=Path, metavar="FOLDER", default=HERE, help=zoo)
+    device = "where networks compute: cpu, cuda ... [%(default)s]; batches are drawn on the CPU"
+    parser.add_argument("--device", default="cpu", help=device)
+    quick = "two steps on a few pictures: does it run? Needs a --zoo of its own"
+    parser.add_argument("--quick", action="store_true", help=quick)
+    given = parser.parse_args(argv)
+    if given.quick and given.zoo.resolve() == HERE.resolve():
+        parser.error("--quick needs --zoo FOLDER: it would overwrite the zoo that is here")
+    return given
 
 
 def held_out(name, colour):
-    """Pairs that the policy never sees in pretraining (about one in eight), so that alignment has something new to compose."""
-    return (list(NAMES).index(name) * 3 + list(COLOURS).index(colour) * 5) % 8 == 0
+    """Pairs that the policy's pretraining never sees, about one in eight -> bool.
+
+    So that alignment has something new to compose.
+    """
+    return (NAMES.index(name) * 3 + list(COLOURS).index(colour) * 5) % 8 == 0
 
 
-def fetch():
-    """Download both vendors' pictures into .data/ (once), through npm."""
-    if not shutil.which("npm"):
-        raise SystemExit("fetching the emoji art needs npm (https://nodejs.org); using the trained zoo does not")
+def has_art(zoo=HERE):
+    """Are both vendors' pictures in `zoo`/.data already?"""
+    return all((zoo / ".data" / vendor / "emoji.json").is_file() for vendor in VENDORS)
+
+
+def fetch(zoo=HERE):
+    """Download both vendors' pictures into `zoo`/.data, once, through npm."""
     for vendor in VENDORS:
-        folder = CACHE / vendor
+        folder = zoo / ".data" / vendor
         if (folder / "emoji.json").is_file():
             continue
-        CACHE.mkdir(exist_ok=True)
+        if not shutil.which("npm"):
+            raise SystemExit(
+                "fetching the emoji art needs npm (https://nodejs.org); using the trained zoo does "
+                "not"
+            )
+        folder.parent.mkdir(parents=True, exist_ok=True)
         print(f"fetching emoji-datasource-{vendor}@16.0.0 ...")
-        package = subprocess.run(["npm", "pack", "--silent", f"emoji-datasource-{vendor}@16.0.0"], cwd=CACHE, check=True, capture_output=True, text=True)
-        archive = CACHE / package.stdout.strip().splitlines()[-1]
-        part = CACHE / f"{vendor}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        (part / "64").mkdir(parents=True)
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                path = Path(member.name)
-                if path.parent.name == "64" or path.name == "emoji.json":
-                    (part / ("64" if path.suffix == ".png" else "") / path.name).write_bytes(tar.extractfile(member).read())
-        part.rename(folder)
+        command = ["npm", "pack", "--silent", f"emoji-datasource-{vendor}@16.0.0"]
+        packed = subprocess.run(
+            command, cwd=folder.parent, check=True, capture_output=True, text=True
+        )
+        archive = folder.parent / packed.stdout.strip().splitlines()[-1]
+        unpack(archive, folder)
         archive.unlink()
 
 
-def load_art():
-    """{name: {vendor: [RGBA picture, ...]}} for every word of NAMES."""
-    fetch()
-    art = {}
+def unpack(archive, folder):
+    """The table and the pictures of 64 pixels in a vendor's package -> `folder`, when whole."""
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    (part / "64").mkdir(parents=True)
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            path = Path(member.name)
+            if path.parent.name == "64" or path.name == "emoji.json":
+                target = part / "64" if path.suffix == ".png" else part
+                (target / path.name).write_bytes(tar.extractfile(member).read())
+    part.rename(folder)
+
+
+def load_art(zoo=HERE):
+    """{name: {vendor: [RGBA picture, ...]}} for every word of NAMES, fetched where need be."""
+    fetch(zoo)
+    art = {name: {} for name in NAMES}
     for vendor in VENDORS:
-        table = {e["name"]: e["image"] for e in json.loads((CACHE / vendor / "emoji.json").read_text())}
-        for name, entries in NAMES.items():
-            pictures = [Image.open(CACHE / vendor / "64" / table[entry]).convert("RGBA") for entry in entries]
-            art.setdefault(name, {})[vendor] = pictures
+        folder = zoo / ".data" / vendor
+        entries = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
+        files = {entry["name"]: folder / "64" / entry["image"] for entry in entries}
+        for name in NAMES:
+            pictures = EMOJI.get(name, [name.upper()])
+            art[name][vendor] = [Image.open(files[entry]).convert("RGBA") for entry in pictures]
     return art
 
 
 @dataclass
 class Composite:
     """One picture and all that was drawn to make it: the truth behind the pixels."""
-    pixels: np.ndarray          # uint8 (64, 64, 3)
+
+    pixels: np.ndarray  # uint8 (64, 64, 3)
     name: str
     colour: str
     vendor: str
-    ground: str                 # flat, gradient, striped, checkered, dotted, cloudy
-    blur: float                 # radius in pixels
-    saturation: float           # of the animal; 1 is as drawn
+    ground: str  # one of GROUNDS
+    blur: float  # radius in pixels
+    saturation: float  # of the animal; 1 is as drawn
+
+
+def draw_marks(rng, kind, period):
+    """A ground's pattern, which repeats every `period` pixels: 0 to 1, (64, 64)."""
+    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
+    if kind == "flat":
+        return np.zeros((SIZE, SIZE))
+    if kind == "gradient":
+        return (x, y, (x + y) / 2)[rng.integers(3)] / SIZE * 0.5
+    if kind == "striped":
+        return ((x, y, x + y)[rng.integers(3)] % period) < period * 0.375
+    if kind == "checkered":
+        return ((x // 8 + y // 8) % 2) * 0.7
+    if kind == "dotted":
+        across, down = x % period - period / 2 + 0.5, y % period - period / 2 + 0.5
+        return across**2 + down**2 < (0.3 * period) ** 2
+    cloudy = Image.fromarray((rng.uniform(0, 1, (5, 5)) * 255).astype(np.uint8))
+    smooth = cloudy.resize((SIZE, SIZE), Image.BICUBIC)
+    return np.asarray(smooth, dtype=np.float32) / 255 * 0.6
 
 
 def draw_ground(rng, colour, kind):
-    """A ground (64, 64, 3), float 0-255. Patterns repeat every 8 or 16 pixels and keep the colour as the border's median."""
+    """A ground, uint8 (64, 64, 3). Patterns keep the colour as the border's median.
+
+    Their marks are lighter on dark grounds, darker on light ones.
+    """
     base = np.array(COLOURS[colour], dtype=np.float32) + rng.uniform(-8, 8, 3)
-    y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
-    contrast = rng.uniform(0.2, 0.5) * (1 if base.mean() < 100 else -1)                     # lighter marks on dark grounds, darker on light ones
-    period = rng.choice([8, 16])
-    if kind == "flat":
-        marks = np.zeros((SIZE, SIZE))
-    elif kind == "gradient":
-        marks = {0: x, 1: y, 2: (x + y) / 2}[rng.integers(3)] / SIZE * 0.5
-    elif kind == "striped":
-        marks = ({0: x, 1: y, 2: x + y}[rng.integers(3)] % period) < period * 0.375
-    elif kind == "checkered":
-        marks = ((x // 8 + y // 8) % 2) * 0.7
-    elif kind == "dotted":
-        marks = ((x % period - period / 2 + 0.5) ** 2 + (y % period - period / 2 + 0.5) ** 2) < (0.3 * period) ** 2
-    else:                                                                                   # cloudy
-        coarse = Image.fromarray((rng.uniform(0, 1, (5, 5)) * 255).astype(np.uint8))
-        marks = np.asarray(coarse.resize((SIZE, SIZE), Image.BICUBIC), dtype=np.float32) / 255 * 0.6
-    target = np.array([255.0] * 3 if contrast > 0 else [0.0] * 3)
-    return base + (target - base) * abs(contrast) * np.asarray(marks, dtype=np.float32)[..., None]
+    contrast = rng.uniform(0.2, 0.5)
+    target = np.full(3, 255.0 if base.mean() < 100 else 0.0)
+    marks = np.asarray(draw_marks(rng, kind, rng.choice([8, 16])), dtype=np.float32)
+    ground = base + (target - base) * contrast * marks[..., None]
+    return ground.clip(0, 255).astype(np.uint8)
 
 
-def compose(rng, art, name, colour, vendor=None):
-    """Draw `name` on a ground of `colour`, everything else at random by `rng` -> Composite."""
+def compose(rng, art, name, colour, vendor=None, varied=True):
+    """Draw `name` on a ground of `colour`, everything else at random by `rng` -> Composite.
+
+    There are few sizes, and places on the latents' grid of 8 pixels: a small VAE can draw them
+    sharply. Not varied: one pose, one size, no mirror image, for what no caption tells apart a
+    small policy mixes.
+    """
     vendor = vendor or str(rng.choice(VENDORS))
     pictures = art[name][vendor]
-    animal = pictures[rng.integers(len(pictures))]
-    kind = str(rng.choice(["flat", "gradient", "striped", "checkered", "dotted", "cloudy"], p=[0.35, 0.15, 0.15, 0.1, 0.1, 0.15]))
+    animal = pictures[rng.integers(len(pictures))] if varied else pictures[-1]  # a face, if any
+    kind = str(rng.choice(list(GROUNDS), p=list(GROUNDS.values())))
     saturation = float(rng.uniform(0.35, 1.3))
     blur = 1.0 if rng.random() < 0.2 else 0.0
-    if rng.random() < 0.5:
+    if varied and rng.random() < 0.5:
         animal = animal.transpose(Image.FLIP_LEFT_RIGHT)
     alpha = animal.getchannel("A")
     animal = ImageEnhance.Color(animal.convert("RGB")).enhance(saturation)
     animal.putalpha(alpha)
-    side = int(rng.choice([48, 56]))                    # few sizes, and places on the latents' grid of 8 pixels: a small VAE can draw them sharply
+    side = int(rng.choice([48, 56])) if varied else 56
     animal = animal.resize((side, side), Image.LANCZOS)
-    x, y = (8 * int(rng.integers((SIZE - side) // 8 + 1)) for _ in range(2))
-    picture = Image.fromarray(draw_ground(rng, colour, kind).clip(0, 255).astype(np.uint8))
-    picture.paste(animal, (x, y), animal)
+    place = 8 * rng.integers((SIZE - side) // 8 + 1, size=2)
+    picture = Image.fromarray(draw_ground(rng, colour, kind))
+    picture.paste(animal, tuple(place.tolist()), animal)
     if blur:
         picture = picture.filter(ImageFilter.GaussianBlur(blur))
     return Composite(np.asarray(picture), name, colour, vendor, kind, blur, saturation)
@@ -160,54 +278,90 @@ def compose(rng, art, name, colour, vendor=None):
 def random_name(rng):
     """The 45 animals of the paper most of the time, other animals and objects now and then."""
     group = rng.choice(3, p=[0.66, 0.17, 0.17])
-    return str(rng.choice(list((ANIMALS, OTHER_ANIMALS, OBJECTS)[group])))
+    return str(rng.choice((ANIMALS, OTHER_ANIMALS, OBJECTS)[group]))
+
+
+def random_colour(rng):
+    """Any of the ten."""
+    return str(rng.choice(list(COLOURS)))
 
 
 def article(word):
+    """cat -> a cat; ant -> an ant."""
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
-def policy_example(rng, art):
-    """A composite and its caption as the policy's pretraining sees them -> (Composite, caption).
+def on_ground(name, colour):
+    """The whole caption: "a cat on a red background"."""
+    return f"{article(name)} on {article(colour)} background"
 
-    Captions name the ground's colour half of the time, and are then right 51 % of the time: the base follows colours now and then.
+
+def policy_example(rng, art):
+    """A composite and its caption as the policy's pretraining sees them -> Composite, caption.
+
+    Captions name the ground's colour half of the time, and are then right 51 % of the time: the
+    base follows colours now and then.
     """
     name = random_name(rng)
+    if name not in HARD and rng.random() < HARD_SHARE:
+        name = str(rng.choice(HARD))
     colours = [c for c in COLOURS if not held_out(name, c)]
     colour = str(rng.choice(colours))
     kind = rng.choice(3, p=[0.5, 0.25, 0.25])
-    other, right = str(rng.choice(colours)), rng.random() < COLOUR_TOLD_RIGHT               # both drawn, so that this share changes no picture
+    # both are drawn, so that this share changes no picture
+    other, right = str(rng.choice(colours)), rng.random() < COLOUR_TOLD_RIGHT
     told = colour if right else other
-    caption = [f"{article(name)} on {article(told)} background", name, article(name)][kind]
-    return compose(rng, art, name, colour), caption
+    caption = [on_ground(name, told), name, article(name)][kind]
+    return compose(rng, art, name, colour, varied=False), caption
 
 
 def clip_example(rng, art):
-    """A composite and a truthful caption that may mention its quality, as captions on the web do -> (Composite, caption)."""
-    picture = compose(rng, art, random_name(rng), str(rng.choice(list(COLOURS))))
+    """A composite and a truthful caption -> Composite, caption.
+
+    It may mention the picture's quality, as captions on the web do.
+    """
+    picture = compose(rng, art, random_name(rng), random_colour(rng))
     words = []
     if picture.blur and rng.random() < 0.5:
         words.append("blurry")
     if rng.random() < 0.4:
-        words += ["dull"] if picture.saturation < 0.6 else ["vivid"] if picture.saturation > 1.05 else []
-    subject = article(" ".join([*words, picture.name]))
+        if picture.saturation < 0.6:
+            words.append("dull")
+        elif picture.saturation > 1.05:
+            words.append("vivid")
+    subject = " ".join([*words, picture.name])
     if rng.random() < 0.3:
-        return picture, subject if words or rng.random() < 0.5 else picture.name
+        whole = words or rng.random() < 0.5
+        return picture, article(subject) if whole else picture.name
     ground = [picture.ground] if rng.random() < 0.5 else []
-    return picture, f"{subject} on {article(' '.join([*ground, picture.colour]))} background"
+    return picture, on_ground(subject, " ".join([*ground, picture.colour]))
 
 
-def to_tensor(pixels):
+def sheet(images, columns):
+    """Pictures in rows of `columns`, of which the last is full. B of (H, W, 3) -> one."""
+    rows = [list(images[i : i + columns]) for i in range(0, len(images), columns)]
+    return np.concatenate([np.concatenate(row, axis=1) for row in rows])
+
+
+def to_tensor(pixels, device="cpu"):
     """uint8 (B, 64, 64, 3) -> float32 (B, 3, 64, 64) in [-1, 1], channels last in memory."""
-    import torch
-    return torch.from_numpy(np.asarray(pixels)).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
+    import torch  # not above: drawing pictures needs none
+
+    scaled = torch.tensor(np.asarray(pixels)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return scaled.contiguous(memory_format=torch.channels_last).to(device)
 
 
-if __name__ == "__main__":
-    rng, art = np.random.default_rng(0), load_art()
-    rows = []
+def main():
+    """Eight rows of twelve pictures into .data/composites.png, and their captions."""
+    zoo = options(__doc__).zoo
+    rng, art = np.random.default_rng(0), load_art(zoo)
+    images = []
     for _ in range(8):
         examples = [clip_example(rng, art) for _ in range(12)]
         print(" | ".join(caption for _, caption in examples))
-        rows.append(np.concatenate([picture.pixels for picture, _ in examples], axis=1))
-    Image.fromarray(np.concatenate(rows)).save(HERE / ".data" / "composites.png")
+        images += [picture.pixels for picture, _ in examples]
+    Image.fromarray(sheet(images, 12)).save(zoo / ".data" / "composites.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,16 @@
-"""Train the zoo's CLIP (transformers' CLIPModel, contrastive loss) on truthful captions, with a tokenizer of its own.
+"""Train the zoo's CLIP (contrastive loss) on truthful captions, with a tokenizer of its own.
 
     python tutorial/zoo/train_clip.py
 
-Its text encoder is the diffusion model's, its image embeddings serve the aesthetic head and the diversity metric: as in the paper.
+Its text encoder is the diffusion model's, its image embeddings serve the aesthetic head and the
+diversity metric: as in the paper.
 """
+
 import json
 import shutil
 
+import data
+import loop
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,109 +18,158 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-import data
-import loop
-
 STEPS, BATCH, LENGTH = 1200, 96, 16
-FOLDER = data.HERE / "clip"
-ART = data.load_art()
+START, END = "<|startoftext|>", "<|endoftext|>"
+PROCESSOR = {
+    "size": {"shortest_edge": data.SIZE},
+    "crop_size": {"height": data.SIZE, "width": data.SIZE},
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
 
 
-def captions(n=30000):
+def captions(n=30_000):
+    """Text to learn byte pairs from: the words of clip_example's captions, without its pictures."""
     rng = np.random.default_rng(0)
-    words = list(data.NAMES) * 50
-    for _ in range(n):                                  # the same words as clip_example's captions, without drawing the pictures
-        name, colour = data.random_name(rng), rng.choice(list(data.COLOURS))
-        words.append(f"a blurry dull vivid an {name} on a flat gradient striped checkered dotted cloudy {colour} background")
-    activities = ["washing dishes", "riding a bike", "playing chess"]
-    return words + [f"{data.article(name)} {activity}" for name in data.ANIMALS for activity in activities]
+    lines = data.NAMES * 50
+    for _ in range(n):
+        name, colour = data.random_name(rng), data.random_colour(rng)
+        ground = f"a flat gradient striped checkered dotted cloudy {colour} background"
+        lines.append(f"a blurry dull vivid an {name} on {ground}")
+    for name in data.ANIMALS:
+        lines += [f"{data.article(name)} {activity}" for activity in data.ACTIVITIES]
+    return lines
 
 
-def make_tokenizer():
-    """A CLIPTokenizer whose byte-pair merges are learned from the zoo's captions, special tokens last as in CLIP's own vocabulary."""
+def make_tokenizer(folder):
+    """A CLIPTokenizer whose byte pairs are learned from the zoo's captions.
+
+    Special tokens are last, as in CLIP's own vocabulary. Leaves vocab.json and merges.txt.
+    """
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(r" ", "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    words = pre_tokenizers.Split(r" ", "removed")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(captions(), trainers.BpeTrainer(vocab_size=1600, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False))
-    learned = json.loads(bpe.to_str())["model"]
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in learned["merges"]]
-    letters = sorted(alphabet)
-    words = letters + [letter + "</w>" for letter in letters]
-    words += list(dict.fromkeys(a + b for a, b in merges if a + b not in words)) + ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {word: i for i, word in enumerate(words)}
-    folder = data.CACHE / "tokenizer"
+    trainer = trainers.BpeTrainer(
+        vocab_size=1600,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    bpe.train_from_iterator(captions(), trainer)
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+
+    tokens = sorted(alphabet) + [letter + "</w>" for letter in sorted(alphabet)]
+    tokens += dict.fromkeys(a + b for a, b in merges if a + b not in tokens)
+    tokens += [START, END]
+    vocab, lines = folder / "vocab.json", folder / "merges.txt"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    return CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=LENGTH,
-                         pad_token="<|endoftext|>")
+    vocab.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    lines.write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    return CLIPTokenizer(
+        vocab=str(vocab), merges=str(lines), model_max_length=LENGTH, pad_token=END
+    )
 
 
 def make_model(tokenizer):
-    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    text = dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
-                max_position_embeddings=LENGTH, projection_dim=128, bos_token_id=end - 1, eos_token_id=end, pad_token_id=end)
-    vision = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, image_size=data.SIZE, patch_size=8,
-                  projection_dim=128)
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+    """A CLIPModel of width 128: three text layers, four vision layers."""
+    end = tokenizer.convert_tokens_to_ids(END)
+    both = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "projection_dim": 128,
+    }
+    text = {
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 3,
+        "max_position_embeddings": LENGTH,
+        "bos_token_id": end - 1,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
+    vision = {"num_hidden_layers": 4, "image_size": data.SIZE, "patch_size": 8}
+    config = CLIPConfig(
+        text_config={**both, **text}, vision_config={**both, **vision}, projection_dim=128
+    )
+    return CLIPModel(config)
 
 
-MEAN, STD = [0.5] * 3, [0.5] * 3
-PROCESSOR = dict(size={"shortest_edge": data.SIZE}, crop_size={"height": data.SIZE, "width": data.SIZE}, image_mean=MEAN, image_std=STD)
+def examples(rng, art, n):
+    """-> pictures (n, 3, 64, 64) in [-1, 1], n captions."""
+    pictures, words = zip(*[data.clip_example(rng, art) for _ in range(n)])
+    return data.to_tensor(np.stack([picture.pixels for picture in pictures])), words
 
 
-def examples(rng, tokenizer, n):
-    drawn = [data.clip_example(rng, ART) for _ in range(n)]
-    tokens = tokenizer([caption for _, caption in drawn], padding="max_length", truncation=True, return_tensors="pt")
-    return data.to_tensor(np.stack([picture.pixels for picture, _ in drawn])), tokens, [caption for _, caption in drawn]
+def logits(net, tokenizer, pixels, words, device):
+    """CLIP's similarity of each picture (B, 3, 64, 64) to each of B captions -> (B, B)."""
+    tokens = tokenizer(words, padding="max_length", truncation=True, return_tensors="pt")
+    return net(pixel_values=pixels.to(device), **tokens.to(device)).logits_per_image
 
 
-def contrastive_loss(logits, captions):
-    """Cross-entropy both ways; pictures with the same caption are all right answers."""
-    same = torch.tensor([[float(a == b) for b in captions] for a in captions])
+def contrastive_loss(similarity, words):
+    """Cross-entropy both ways; pictures with the same caption are all right answers.
+
+    (B, B), B captions -> scalar.
+    """
+    same = torch.tensor([[float(a == b) for b in words] for a in words], device=similarity.device)
     target = same / same.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    both = F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)
+    return both / 2
 
 
-def main():
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    print(f"{len(tokenizer)} tokens; {tokenizer.tokenize('a kangaroo on a red background, washing dishes')}")
-    net = make_model(tokenizer)
-
-    def loss(net, rng):
-        pixels, tokens, words = examples(rng, tokenizer, BATCH)
-        return contrastive_loss(net(pixel_values=pixels, **tokens).logits_per_image, words)
-
-    @torch.no_grad()
-    def look(net, step):
-        pixels, tokens, words = examples(np.random.default_rng(1), tokenizer, 256)
-        best = net(pixel_values=pixels, **tokens).logits_per_image.argmax(1)
-        print(f"clip: the right caption of 256 for {np.mean([words[i] == words[b] for i, b in enumerate(best)]):.1%} of held-out pictures", flush=True)
-
-    net = loop.train("clip", net, loss, STEPS, look=look)
-    net.half().save_pretrained(FOLDER)
-    save_tokenizer(tokenizer, FOLDER)
-    CLIPImageProcessor(**PROCESSOR).save_pretrained(FOLDER)
-    save_text_encoder(net, tokenizer)
-
-
-def save_text_encoder(net, tokenizer):
-    """The text half once more, where a Stable Diffusion folder keeps it, under the published file's names: transformers before 5 knows no others, and would
-    fill the network with random numbers."""
-    folder = data.HERE / "stable-diffusion" / "text_encoder"
-    weights = {k: v.half().contiguous() for k, v in net.state_dict().items() if k.startswith("text_model.")}
-    CLIPTextModel(net.config.text_config).half().save_pretrained(folder)                # for the config.json
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    save_tokenizer(tokenizer, data.HERE / "stable-diffusion" / "tokenizer")
-
-
-def save_tokenizer(tokenizer, folder):
+def save_tokenizer(tokenizer, source, folder):
     """In the layout of the published CLIP and Stable Diffusion: vocab.json and merges.txt."""
     tokenizer.save_pretrained(folder)
     (folder / "tokenizer.json").unlink()
     for name in ("vocab.json", "merges.txt"):
-        shutil.copy(data.CACHE / "tokenizer" / name, folder / name)
+        shutil.copy(source / name, folder / name)
+
+
+def save_text_encoder(net, folder):
+    """The text half once more, where a Stable Diffusion folder keeps it.
+
+    Under the published file's names: transformers before 5 knows no others, and would fill the
+    network with random numbers.
+    """
+    weights = {
+        key: value.half().contiguous()
+        for key, value in net.state_dict().items()
+        if key.startswith("text_model.")
+    }
+    CLIPTextModel(net.config.text_config).half().save_pretrained(folder)  # for the config.json
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def main():
+    options = data.options(__doc__)
+    cache, art = options.zoo / ".data", data.load_art(options.zoo)
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(cache / "tokenizer")
+    shown = tokenizer.tokenize("a kangaroo on a red background, washing dishes")
+    print(f"{len(tokenizer)} tokens; {shown}")
+    net = make_model(tokenizer).to(options.device)
+
+    def loss(net, rng):
+        pixels, words = examples(rng, art, BATCH)
+        return contrastive_loss(logits(net, tokenizer, pixels, words, options.device), words)
+
+    @torch.no_grad()
+    def look(net, step):
+        pixels, words = examples(np.random.default_rng(1), art, 256)
+        best = logits(net, tokenizer, pixels, words, options.device).argmax(1).tolist()
+        right = np.mean([words[i] == words[j] for i, j in enumerate(best)])
+        print(f"clip: the right caption of 256 for {right:.1%} of held-out pictures", flush=True)
+
+    net = loop.train("clip", net, loss, 2 if options.quick else STEPS, cache, look=look)
+    net = net.half().cpu()
+    net.save_pretrained(options.zoo / "clip")
+    CLIPImageProcessor(**PROCESSOR).save_pretrained(options.zoo / "clip")
+    save_tokenizer(tokenizer, cache / "tokenizer", options.zoo / "clip")
+    diffusion = options.zoo / "stable-diffusion"
+    save_text_encoder(net, diffusion / "text_encoder")
+    save_tokenizer(tokenizer, cache / "tokenizer", diffusion / "tokenizer")
 
 
 if __name__ == "__main__":

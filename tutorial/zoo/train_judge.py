@@ -1,74 +1,119 @@
-"""Train the zoo's judge: composites of every thing on every ground, and pictures of nothing, blurred, noisy and shuffled as a bad model's are.
+"""Train the zoo's judge on composites of every thing on every ground, and on pictures of nothing.
 
     python tutorial/zoo/train_judge.py
+
+Pictures of nothing are blurred, noisy and shuffled, as a bad model's are.
 """
+
+import data
+import judge as judge_module
+import loop
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 
-import data
-import judge as judge_module
-import loop
-
 STEPS, BATCH = 1800, 64
-ART = data.load_art()
+NOTHING = len(data.NAMES)  # its label
 
 
-def nothing(rng):
-    """A picture of nothing: a bare ground, noise, a heavy blur, a shuffled picture, or two halves of different things."""
-    colour = lambda: str(rng.choice(list(data.COLOURS)))
-    picture = lambda: data.compose(rng, ART, data.random_name(rng), colour()).pixels
+def nothing(rng, art):
+    """A bare ground, noise, a heavy blur, a shuffled picture, or halves of two -> uint8."""
     kind = rng.integers(5)
     if kind == 0:
-        return data.draw_ground(rng, colour(), str(rng.choice(["flat", "gradient", "striped", "checkered", "dotted", "cloudy"]))).clip(0, 255).astype(np.uint8)
+        return data.draw_ground(rng, data.random_colour(rng), str(rng.choice(list(data.GROUNDS))))
     if kind == 1:
-        noise = rng.normal(rng.uniform(60, 200), rng.uniform(5, 90), (data.SIZE // 2, data.SIZE // 2, 3)).clip(0, 255).astype(np.uint8)
-        return np.asarray(Image.fromarray(noise).resize((data.SIZE, data.SIZE), int(rng.choice([Image.NEAREST, Image.BICUBIC]))))
+        return noise(rng)
+    first = anything(rng, art)
     if kind == 2:
-        return np.asarray(Image.fromarray(picture()).filter(ImageFilter.GaussianBlur(rng.uniform(7, 10))))
+        blur = ImageFilter.GaussianBlur(rng.uniform(7, 10))
+        return np.asarray(Image.fromarray(first).filter(blur))
     if kind == 3:
-        side = data.SIZE // 4
-        blocks = picture().reshape(4, side, 4, side, 3).swapaxes(1, 2).reshape(16, side, side, 3)
-        return blocks[rng.permutation(16)].reshape(4, 4, side, side, 3).swapaxes(1, 2).reshape(data.SIZE, data.SIZE, 3)
-    first, second = picture(), picture()
-    return np.concatenate([first[:, :data.SIZE // 2], second[:, :data.SIZE // 2]], axis=1)
+        return shuffled(rng, first)
+    half = data.SIZE // 2
+    return np.concatenate([first[:, :half], anything(rng, art)[:, :half]], axis=1)
 
 
-def composite(rng, name, colour):
-    """A composite, a little off its place, sometimes a little blurred or noisy: a diffusion model's samples are -> uint8 (64, 64, 3)."""
-    pixels = data.compose(rng, ART, name, colour).pixels
+def anything(rng, art):
+    """A composite of any thing -> uint8 (64, 64, 3)."""
+    return data.compose(rng, art, data.random_name(rng), data.random_colour(rng)).pixels
+
+
+def noise(rng):
+    """Coarse noise of any brightness and contrast, sharp or smooth -> uint8 (64, 64, 3)."""
+    half = data.SIZE // 2
+    pixels = rng.normal(rng.uniform(60, 200), rng.uniform(5, 90), (half, half, 3))
+    coarse = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    how = int(rng.choice([Image.NEAREST, Image.BICUBIC]))
+    return np.asarray(coarse.resize((data.SIZE, data.SIZE), how))
+
+
+def shuffled(rng, pixels):
+    """The sixteen parts of a picture in another order. (64, 64, 3) -> the same."""
+    side = data.SIZE // 4
+    blocks = pixels.reshape(4, side, 4, side, 3).swapaxes(1, 2).reshape(16, side, side, 3)
+    rows = blocks[rng.permutation(16)].reshape(4, 4, side, side, 3).swapaxes(1, 2)
+    return rows.reshape(data.SIZE, data.SIZE, 3)
+
+
+def composite(rng, art, name, colour):
+    """A composite a little off its place, sometimes a little blurred or noisy -> uint8 (64, 64, 3).
+
+    As a diffusion model's samples are.
+    """
+    pixels = data.compose(rng, art, name, colour).pixels
     y, x = rng.integers(9, size=2)
-    pixels = np.pad(pixels, ((4, 4), (4, 4), (0, 0)), mode="edge")[y:y + data.SIZE, x:x + data.SIZE]
+    padded = np.pad(pixels, ((4, 4), (4, 4), (0, 0)), mode="edge")
+    pixels = padded[y : y + data.SIZE, x : x + data.SIZE]
     if rng.random() < 0.4:
-        pixels = np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.5))))
+        blur = ImageFilter.GaussianBlur(rng.uniform(0.3, 1.5))
+        pixels = np.asarray(Image.fromarray(pixels).filter(blur))
     if rng.random() < 0.4:
-        pixels = (pixels + rng.normal(0, rng.uniform(2, 15), pixels.shape)).clip(0, 255).astype(np.uint8)
-    return pixels
+        pixels = pixels + rng.normal(0, rng.uniform(2, 15), pixels.shape)
+    return pixels.clip(0, 255).astype(np.uint8)
 
 
-def batch(rng, n):
-    labels = np.where(rng.random(n) < 0.15, len(data.NAMES), rng.integers(len(data.NAMES), size=n))
-    pictures = [nothing(rng) if label == len(data.NAMES) else composite(rng, judge_module.LABELS[label], str(rng.choice(list(data.COLOURS)))) for label in labels]
+def batch(rng, art, n):
+    """-> pictures uint8 (n, 64, 64, 3), labels (n,)."""
+    labels = np.where(rng.random(n) < 0.15, NOTHING, rng.integers(NOTHING, size=n))
+    pictures = []
+    for label in labels:
+        if label == NOTHING:
+            pictures.append(nothing(rng, art))
+        else:
+            pictures.append(composite(rng, art, data.NAMES[label], data.random_colour(rng)))
     return np.stack(pictures), torch.as_tensor(labels)
 
 
-def loss(net, rng):
-    pictures, labels = batch(rng, BATCH)
-    return F.cross_entropy(net(data.to_tensor(pictures)), labels, label_smoothing=0.05)
+def main():
+    options = data.options(__doc__)
+    art, device = data.load_art(options.zoo), options.device
+    torch.manual_seed(1000)
+    judge = judge_module.Judge().to(device, memory_format=torch.channels_last)
 
+    def loss(net, rng):
+        pictures, labels = batch(rng, art, BATCH)
+        logits = net(data.to_tensor(pictures, device))
+        return F.cross_entropy(logits, labels.to(device), label_smoothing=0.05)
 
-@torch.no_grad()
-def look(net, step):
-    pictures, labels = batch(np.random.default_rng(12345), 1024)
-    right = net(data.to_tensor(pictures)).argmax(1) == labels
-    nothing = labels == len(data.NAMES)
-    print(f"judge: right on {right[~nothing].float().mean():.1%} of held-out composites, on {right[nothing].float().mean():.1%} of nothings", flush=True)
+    @torch.no_grad()
+    def look(net, step):
+        pictures, labels = batch(np.random.default_rng(12345), art, 1024)
+        right = net(data.to_tensor(pictures, device)).argmax(1).cpu() == labels
+        things, nothings = right[labels != NOTHING], right[labels == NOTHING]
+        print(
+            f"judge: right on {things.float().mean():.1%} of held-out composites, "
+            f"on {nothings.float().mean():.1%} of nothings",
+            flush=True,
+        )
+
+    steps, cache = 2 if options.quick else STEPS, options.zoo / ".data"
+    judge = loop.train("judge", judge, loss, steps, cache, look=look, ema_decay=0.995)
+    (options.zoo / "judge").mkdir(exist_ok=True)
+    weights = {key: value.half().cpu().contiguous() for key, value in judge.state_dict().items()}
+    save_file(weights, options.zoo / "judge" / "model.safetensors")
 
 
 if __name__ == "__main__":
-    torch.manual_seed(1000)
-    judge = loop.train("judge", judge_module.Judge().to(memory_format=torch.channels_last), loss, STEPS, look=look, ema_decay=0.995)
-    judge_module.FOLDER.mkdir(exist_ok=True)
-    save_file({k: v.half().contiguous() for k, v in judge.state_dict().items()}, judge_module.FOLDER / "model.safetensors")
+    main()

@@ -1,10 +1,14 @@
-"""Pretrain the zoo's policy: the UNet of a small Stable Diffusion, on latents of the zoo's VAE and captions through its text encoder.
+"""Pretrain the zoo's policy: the UNet of a small Stable Diffusion.
 
     python tutorial/zoo/train_unet.py
 
-Needs train_vae.py's encoder and train_clip.py's text encoder. Latents are cached once; the loss is the denoising loss (Eq. 1) with
-min-SNR weights (Hang et al. 2023, gamma = 5), captions dropped 15 % of the time so that guidance (Eq. 3) has its unconditional half.
+It learns on latents of the zoo's VAE and captions through its text encoder, so it needs
+train_vae.py and train_clip.py. Latents are cached once; the loss is the denoising loss (Eq. 1) with
+min-SNR weights (Hang et al. 2023, gamma = 5), captions dropped 15 % of the time so that guidance
+(Eq. 3) has its unconditional half. It goes on from the UNet that the zoo has, or begins anew where
+there is none, and replaces it at the end; what it has so far lies in .data/<name of the training>/.
 """
+
 import json
 import sys
 from pathlib import Path
@@ -12,92 +16,170 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
-import ddpo
 import judge as judge_module
 import loop
-from rewards import COMMON_ANIMALS
-from scheduler import Scheduler, add_noise, expand
-from unet import VAE, UNet, load, save
+from safetensors.torch import load_file
 
-FOLDER = data.HERE / "stable-diffusion"
-PICTURES, STEPS, BATCH, DROP = 32_000, 5400, 128, 0.15
-CONFIG = {"act_fn": "silu", "attention_head_dim": 4, "block_out_channels": [64, 128, 160], "center_input_sample": False,
-          "cross_attention_dim": 128, "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-          "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 1,
-          "mid_block_scale_factor": 1, "norm_eps": 1e-5, "norm_num_groups": 8, "out_channels": 4, "sample_size": 8,
-          "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"]}
-SCHEDULE = {"_class_name": "DDIMScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
-            "num_train_timesteps": 1000, "prediction_type": "epsilon", "set_alpha_to_one": False, "steps_offset": 1,
-            "timestep_spacing": "leading", "trained_betas": None}
-INDEX = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.35.2", "feature_extractor": [None, None], "requires_safety_checker": False,
-         "safety_checker": [None, None], "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-         "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+import ddpo
+from scheduler import NoiseSchedule, Sampler, add_noise, expand
+from unet import VAE, UNet, load, save, save_tensors
+
+PICTURES, BATCH, DROP = 60_000, 128, 0.15
+ANEW = {"steps": 5400, "lr": 0.02, "adam_lr": 2e-3, "min_lr": 0.02}
+ONWARDS = {"steps": 5600, "lr": 0.012, "adam_lr": 1e-3, "min_lr": 0.005}
+CONFIG = {
+    "act_fn": "silu",
+    "attention_head_dim": 4,
+    "block_out_channels": [64, 128, 160],
+    "center_input_sample": False,
+    "cross_attention_dim": 128,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 1,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-5,
+    "norm_num_groups": 8,
+    "out_channels": 4,
+    "sample_size": 8,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
+SCHEDULE = {
+    "_class_name": "DDIMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+}
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.35.2",
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def write_configs(folder):
+    """What makes a folder one of diffusers' Stable Diffusions."""
+    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    schedule.write_text(json.dumps(SCHEDULE, indent=2) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
 
 
 @torch.no_grad()
-def cached_latents(vae):
-    """Latents of PICTURES composites and their captions, encoded once -> float (PICTURES, 4, 8, 8), list of str.
+def cached_latents(vae, zoo, device, pictures):
+    """Latents of composites and their captions, encoded once -> (pictures, 4, 8, 8), list of str.
 
     Delete .data/latents.safetensors after a change to the VAE's encoder or to data.py.
     """
-    path = data.CACHE / "latents.safetensors"
+    path = zoo / ".data" / "latents.safetensors"
     if not path.is_file():
-        art, rng, latents, captions = data.load_art(), np.random.default_rng(7), [], []
-        for _ in tqdm(range(PICTURES // 64), desc="latents", mininterval=10):
-            examples = [data.policy_example(rng, art) for _ in range(64)]
-            latents.append(vae.encode(data.to_tensor(np.stack([picture.pixels for picture, _ in examples]))))
-            captions += [caption for _, caption in examples]
+        art, rng = data.load_art(zoo), np.random.default_rng(7)
+        latents, captions = [], []
+        for _ in tqdm(range(pictures // 64), desc="latents", mininterval=10):
+            drawn, told = zip(*[data.policy_example(rng, art) for _ in range(64)])
+            pixels = np.stack([picture.pixels for picture in drawn])
+            latents.append(vae.encode(data.to_tensor(pixels, device)).cpu())
+            captions += told
         path.with_suffix(".json").write_text(json.dumps(captions))
-        save_file({"latents": torch.cat(latents).contiguous()}, path.with_suffix(".tmp"))
+        save_tensors({"latents": torch.cat(latents)}, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").rename(path)
     return load_file(path)["latents"], json.loads(path.with_suffix(".json").read_text())
 
 
-def policy_of(unet):
-    """The UNet with the other parts of its folder -> ddpo.Policy, at T = 20, eta = 1, w = 3."""
-    tokenizer = CLIPTokenizer.from_pretrained(FOLDER / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(FOLDER / "text_encoder", dtype=torch.float32).eval()
-    return ddpo.Policy(unet, load(VAE, FOLDER / "vae"), Scheduler.from_config(SCHEDULE), tokenizer, encoder, torch.device("cpu"), 20, 1.0, 3.0)
+def load_policy(folder, vae, device):
+    """All but the UNet -> ddpo.Policy without one, at T = 20, eta = 1, guidance 3."""
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    return ddpo.Policy(
+        unet=None,
+        vae=vae,
+        sampler=Sampler(NoiseSchedule.from_config(SCHEDULE).to(device), T=20, eta=1.0),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=encoder.eval().to(device),
+        device=device,
+        guidance=3.0,
+    )
 
 
-def main():
-    torch.manual_seed(0)
-    FOLDER.mkdir(exist_ok=True)
-    (FOLDER / "scheduler").mkdir(exist_ok=True)
-    (FOLDER / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULE, indent=2) + "\n")
-    (FOLDER / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
-    scheduler = Scheduler.from_config(SCHEDULE)
-    latents, captions = cached_latents(load(VAE, FOLDER / "vae"))
-    print(f"{len(latents)} latents, std {latents.std():.3f}")
-    distinct = sorted(set(captions) | {""})
+def make_loss(policy, latents, captions):
+    """The denoising loss with min-SNR weights: loss(net, rng) -> scalar."""
+    device = policy.device
+    distinct = sorted({"", *captions})
     place = {caption: i for i, caption in enumerate(distinct)}
-    embeds, index = policy_of(None).embed(distinct), torch.tensor([place[caption] for caption in captions])
-    snr = scheduler.alphas_bar / (1 - scheduler.alphas_bar)
+    index, embeds = torch.tensor([place[c] for c in captions]), policy.embed(distinct)
+    alphas_bar = policy.sampler.schedule.alphas_bar
+    snr = alphas_bar / (1 - alphas_bar)
     weights = snr.clamp(max=5) / snr
 
     def loss(net, rng):
         i = torch.as_tensor(rng.integers(len(latents), size=BATCH))
-        x_0, t, noise = latents[i], torch.as_tensor(rng.integers(1000, size=BATCH)), torch.randn(BATCH, 4, 8, 8)
-        caption = torch.where(torch.as_tensor(rng.random(BATCH) < DROP), place[""], index[i])
-        eps = net(add_noise(x_0, noise, scheduler.alphas_bar[t]), t, embeds[caption])
+        t = torch.as_tensor(rng.integers(1000, size=BATCH)).to(device)
+        x_0, noise = latents[i].to(device), torch.randn(BATCH, 4, 8, 8).to(device)
+        dropped = torch.as_tensor(rng.random(BATCH) < DROP)
+        caption = torch.where(dropped, place[""], index[i]).to(device)
+        eps = net(add_noise(x_0, noise, alphas_bar[t]), t, embeds[caption])
         return (expand(weights[t], eps) * (eps - noise) ** 2).mean()
 
-    def look(net, step):
-        images = policy_of(net).sample(COMMON_ANIMALS, (0,), 45)[1]
-        rows = [np.concatenate(list(images[i:i + 15]), axis=1) for i in range(0, 45, 15)]
-        Image.fromarray(np.concatenate(rows)).save(data.CACHE / "unet.png")
-        if judge_module.FOLDER.is_dir():
-            print(f"unet: the judge names {judge_module.accuracy(judge_module.load_judge(), images, COMMON_ANIMALS):.1%}", flush=True)
-        save(net, FOLDER / "unet", torch.float16)
+    return loss
 
-    net = loop.train("unet", loop.initialize(UNet(CONFIG)), loss, STEPS, look=look, every=250)
-    save(net, FOLDER / "unet", torch.float16)
+
+def begin(folder, device):
+    """The UNet to start from -> the training's name, its rates, the network."""
+    if (folder / "unet").is_dir():
+        return "unet-one-pose", ONWARDS, load(UNet, folder / "unet").to(device)
+    return "unet", ANEW, loop.initialize(UNet(CONFIG)).to(device)
+
+
+def main():
+    options = data.options(__doc__)
+    folder, cache, device = options.zoo / "stable-diffusion", options.zoo / ".data", options.device
+    torch.manual_seed(0)
+    write_configs(folder)
+    vae = load(VAE, folder / "vae").to(device)
+    pictures = 128 if options.quick else PICTURES
+    latents, captions = cached_latents(vae, options.zoo, device, pictures)
+    print(f"{len(latents)} latents, std {latents.std():.3f}")
+    policy = load_policy(folder, vae, torch.device(device))
+    loss = make_loss(policy, latents, captions)
+    animals = data.ANIMALS[:3] if options.quick else data.ANIMALS
+    name, rates, net = begin(folder, device)
+
+    def look(net, step):
+        policy.unet = net
+        names = [(0, i) for i in range(len(animals))]
+        drawn = [images for _, images in policy.sample(animals, names, len(animals))]
+        images = np.concatenate(drawn)
+        Image.fromarray(data.sheet(images, 15)).save(cache / "unet.png")
+        save(net, cache / name, torch.float16)
+        if (options.zoo / "judge").is_dir():
+            judge = judge_module.load_judge(options.zoo)
+            right = judge_module.accuracy(judge, images, animals)
+            print(f"unet: the judge names {right:.1%}", flush=True)
+
+    if options.quick:
+        rates = {**rates, "steps": 2}
+    net = loop.train(name, net, loss, cache=cache, every=250, look=look, **rates)
+    save(net, folder / "unet", torch.float16)
 
 
 if __name__ == "__main__":

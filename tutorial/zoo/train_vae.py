@@ -1,11 +1,13 @@
-"""Train the zoo's VAE: 64x64 pictures <-> 8x8x4 latents, SD's own architecture with SD's own factor of 8.
+"""Train the zoo's VAE: 64x64 pictures <-> 8x8x4 latents, SD's own architecture and factor of 8.
 
     python tutorial/zoo/train_vae.py
 
-First encoder and decoder together; then the decoder alone, which learns to be sharp and to bear the small errors that a UNet makes; then
-both again, more gently.
+First encoder and decoder together; then the decoder alone, which learns to be sharp and to bear the
+small errors that a UNet makes; then both again, more gently.
 """
+
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +17,33 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
 import loop
+
 from unet import VAE, save
 
-CONFIG = {"act_fn": "silu", "block_out_channels": [32, 32, 64, 96], "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3,
-          "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 8, "out_channels": 3, "sample_size": 64, "scaling_factor": 1.0,
-          "up_block_types": ["UpDecoderBlock2D"] * 4}
-TOGETHER, DECODER_ONLY, AGAIN, BATCH = 2000, 4200, 4400, 16
-ART = data.load_art()
+CONFIG = {
+    "act_fn": "silu",
+    "block_out_channels": [32, 32, 64, 96],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "out_channels": 3,
+    "sample_size": 64,
+    "scaling_factor": 1.0,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+TOGETHER, DECODER_ONLY, AGAIN = 2000, 4200, 4400  # steps
+BATCH = 16
 
 
-def batch(rng, n=BATCH):
-    pictures = [data.compose(rng, ART, data.random_name(rng), str(rng.choice(list(data.COLOURS)))).pixels for _ in range(n)]
-    return data.to_tensor(np.stack(pictures))
+def batch(art, device, rng, n=BATCH):
+    """Composites -> (n, 3, 64, 64) in [-1, 1]."""
+    pictures = [
+        data.compose(rng, art, data.random_name(rng), data.random_colour(rng)).pixels
+        for _ in range(n)
+    ]
+    return data.to_tensor(np.stack(pictures), device)
 
 
 def difference(x, y):
@@ -35,50 +52,68 @@ def difference(x, y):
     return d.abs().mean() + 0.5 * (d.diff(dim=-1).abs().mean() + d.diff(dim=-2).abs().mean())
 
 
-def together_loss(vae, rng):
-    x = batch(rng)
+def together_loss(draw, vae, rng):
+    """Difference and a little KL, with a latent sampled from the posterior -> scalar."""
+    x = draw(rng)
     mean, log_var = vae.posterior(x)
     kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).mean()
-    z = mean + torch.randn_like(mean) * (0.5 * log_var).exp()
+    noise = torch.randn_like(mean, device="cpu").to(mean.device)
+    z = mean + noise * (0.5 * log_var).exp()
     return difference(vae.decode(z * vae.scaling_factor), x) + 1e-4 * kl
 
 
-def decoder_loss(vae, rng):
-    x = batch(rng)
+def decoder_loss(draw, vae, rng):
+    """Difference, with latents of the encoder that are off by 0 to 0.1 deviations -> scalar."""
+    x = draw(rng)
     with torch.no_grad():
         z = vae.encode(x)
-        z = z + torch.randn_like(z) * torch.rand(len(z), 1, 1, 1) * 0.1
+        noise = torch.randn_like(z, device="cpu") * torch.rand(len(z), 1, 1, 1)
+        z = z + noise.to(z.device) * 0.1
     return difference(vae.decode(z), x)
 
 
 @torch.no_grad()
-def look(vae, step):
-    x = batch(np.random.default_rng(0), 12)
+def look(draw, path, vae, step):
+    """Twelve held-out composites and what is left of them, into a picture; L1."""
+    x = draw(np.random.default_rng(0), 12)
     z = vae.encode(x)
     y = vae.decode(z).clamp(-1, 1)
-    pixels = ((torch.cat([x, y]) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).reshape(2, 12, 64, 64, 3)
-    Image.fromarray(pixels.permute(0, 2, 1, 3, 4).reshape(128, 768, 3).numpy()).resize((1536, 256)).save(data.CACHE / "vae.png")
+    pixels = ((torch.cat([x, y]) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    Image.fromarray(data.sheet(pixels, 12)).resize((1536, 256)).save(path)
     print(f"vae: L1 {(x - y).abs().mean():.4f}, latents of std {z.std():.3f}", flush=True)
 
 
+@torch.no_grad()
+def rescale(draw, vae, batches):
+    """Set the scale that makes the latents' standard deviation 1, as SD's 0.18215 does."""
+    means = [vae.posterior(draw(np.random.default_rng(i), 64))[0] for i in range(batches)]
+    vae.scaling_factor = 1 / torch.cat(means).std().item()
+    vae.config["scaling_factor"] = vae.scaling_factor
+
+
 def main():
-    folder = data.HERE / "stable-diffusion" / "vae"
+    options = data.options(__doc__)
+    cache = options.zoo / ".data"
+    draw = partial(batch, data.load_art(options.zoo), options.device)
+    together, decoder = partial(together_loss, draw), partial(decoder_loss, draw)
+    show = partial(look, draw, cache / "vae.png")
+    steps, batches = [TOGETHER, DECODER_ONLY, AGAIN], 8
+    if options.quick:
+        steps, batches = [2, 2, 2], 1
+
     torch.manual_seed(0)
-    vae = loop.train("vae-together", loop.initialize(VAE(CONFIG)), together_loss, TOGETHER, look=look, min_lr=0.1)
-    rescale(vae)
+    vae = loop.initialize(VAE(CONFIG)).to(options.device)
+    vae = loop.train("vae-together", vae, together, steps[0], cache, look=show, min_lr=0.1)
+    rescale(draw, vae, batches)
+    vae.requires_grad_(True)  # an average comes without
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(False)
-    vae = loop.train("vae-decoder", vae, decoder_loss, DECODER_ONLY, look=look).requires_grad_(True)
-    vae = loop.train("vae-joint", vae, together_loss, AGAIN, look=look, lr=0.012, adam_lr=1e-3, min_lr=0.03)
-    rescale(vae)
-    save(vae, folder, torch.float16)
-
-
-@torch.no_grad()
-def rescale(vae):
-    """Set the scale that makes the latents' standard deviation 1, as SD's 0.18215 does."""
-    std = torch.cat([vae.posterior(batch(np.random.default_rng(i), 64))[0] for i in range(8)]).std().item()
-    vae.config["scaling_factor"] = vae.scaling_factor = 1 / std
+    vae = loop.train("vae-decoder", vae, decoder, steps[1], cache, look=show)
+    vae.requires_grad_(True)
+    gently = {"lr": 0.012, "adam_lr": 1e-3, "min_lr": 0.03}
+    vae = loop.train("vae-joint", vae, together, steps[2], cache, look=show, **gently)
+    rescale(draw, vae, batches)
+    save(vae, options.zoo / "stable-diffusion" / "vae", torch.float16)
 
 
 if __name__ == "__main__":
