@@ -1,12 +1,8 @@
 """The networks of Stable Diffusion v1.x, the UNet eps_theta(x_t, c, t) and the VAE; their files.
 
 The paper fine-tunes the UNet of Stable Diffusion v1.4 (Sec. 5) and keeps everything else frozen.
-Nothing here knows about RL, schedules or settings: tensors in, tensors out. In reading order:
-
-    the layers, from `timestep_embedding` to `Block`, which is one resolution of either network
-    UNet; Encoder, Decoder and VAE
-    load, save, and what a config must say; locate, loading: models on the hub, and transformers'
-    add_lora, lora_off, save_lora, load_lora: low-rank training
+Nothing here knows about RL, schedules or settings. In reading order: the layers up to `Block`, the
+UNet, the VAE; what a config must say; `load` and `save`; the hub and transformers; LoRA.
 
 Every attribute has the name that diffusers gives it, so the keys of `state_dict()` are those of the
 published safetensors files and nothing has to be renamed. Sizes come from the `config.json` beside
@@ -26,6 +22,7 @@ Deviations from diffusers; results are equal to float precision:
 
 import json
 import math
+import reprlib
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -51,9 +48,9 @@ RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out
 
 # Fields that are false, null or absent in the configs of SD v1.x,
 UNUSED_FIELDS = """
-addition_embed_type center_input_sample class_embed_type dual_cross_attention latents_mean
-latents_std num_class_embeds only_cross_attention shift_factor timestep_post_act upcast_attention
-use_linear_projection
+addition_embed_type center_input_sample class_embed_type dropout dual_cross_attention latents_mean
+latents_std num_attention_heads num_class_embeds only_cross_attention resnet_skip_time_act
+shift_factor time_embedding_act_fn timestep_post_act upcast_attention use_linear_projection
 """.split()
 
 # and fields that are absent or have this value.
@@ -65,12 +62,16 @@ FIXED_FIELDS = {
     "mid_block_add_attention": True,
     "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "resnet_out_scale_factor": 1,
     "resnet_time_scale_shift": "default",
     "time_embedding_type": "positional",
     "transformer_layers_per_block": 1,
     "use_post_quant_conv": True,
     "use_quant_conv": True,
 }
+
+# Of channels, heads or groups: more are a mistake.
+MOST = 2**14
 
 
 def timestep_embedding(timesteps, dim):
@@ -148,10 +149,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention over the pixels, cross-attention to the prompt, feed-forward; all residual.
-
-    x (B, n, dim), context (B, m, context_dim) -> (B, n, dim).
-    """
+    """Self-attention, cross-attention to context (B, m, context_dim), feed-forward. (B, n, dim)."""
 
     def __init__(self, dim, context_dim, heads):
         super().__init__()
@@ -169,10 +167,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A TransformerBlock over the h w pixels of a picture.
-
-    x (B, dim, h, w), context (B, m, context_dim) -> (B, dim, h, w).
-    """
+    """A TransformerBlock over the pixels. (B, dim, h, w), (B, m, context_dim) -> (B, dim, h, w)."""
 
     def __init__(self, dim, context_dim, heads, groups):
         super().__init__()
@@ -229,20 +224,17 @@ class Upsample(nn.Module):
 
 
 class Block(nn.Module):
-    """One resolution: layers, each a ResNet and the attention after it where there is one.
+    """One resolution: ResNets, each with attention after it or not, and a change of resolution."""
 
-    Whoever builds it adds a `Downsample` or an `Upsample` to `downsamplers` or `upsamplers`.
-    """
-
-    def __init__(self, resnets, attentions=()):
+    def __init__(self, resnets, attentions=(), resamplers=()):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
-        self.downsamplers = nn.ModuleList()
-        self.upsamplers = nn.ModuleList()
+        self.downsamplers = nn.ModuleList(x for x in resamplers if isinstance(x, Downsample))
+        self.upsamplers = nn.ModuleList(x for x in resamplers if isinstance(x, Upsample))
 
     def layer(self, i, x, time=None, context=None):
-        """Layer i. (B, c_in, h, w), (B, time_dim), (B, m, context_dim) -> (B, c, h, w)."""
+        """ResNet i, and its attention if there is one. (B, c_in, h, w) -> (B, c, h, w)."""
         x = self.resnets[i](x, time)
         if i < len(self.attentions):
             x = self.attentions[i](x, context)
@@ -257,38 +249,14 @@ class Block(nn.Module):
         return x
 
 
-def unet_block(kind, c_ins, c, resnet, attention):
-    """A ResNet to c channels from each of `c_ins`, and attention where `kind` has it -> Block."""
-    kinds = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")
-    require(kind in kinds, f"block type {kind!r} is not implemented")
-    resnets = [resnet(c_in, c) for c_in in c_ins]
-    return Block(resnets, [attention(c) for _ in c_ins] if kind.startswith("CrossAttn") else [])
-
-
-def unet_down_blocks(kinds, channels, layers, resnet, attention):
-    """Highest resolution first -> Blocks, and the channels of the skip connections, in order."""
-    blocks, skips, c_in = nn.ModuleList(), [channels[0]], channels[0]
-    for level, (kind, c) in enumerate(zip(kinds, channels)):
-        block = unet_block(kind, [c_in] + [c] * (layers - 1), c, resnet, attention)
-        skips += [c] * layers
-        if level < len(channels) - 1:
-            block.downsamplers.append(Downsample(c, padding=1))
-            skips.append(c)
-        blocks.append(block)
-        c_in = c
-    return blocks, skips
-
-
-def unet_up_blocks(kinds, channels, layers, skips, resnet, attention):
-    """Lowest resolution first -> Blocks; each layer takes the last of the skip connections left."""
-    blocks, c_in = nn.ModuleList(), channels[0]
-    for level, (kind, c) in enumerate(zip(kinds, channels)):
-        c_ins = [before + skips.pop() for before in [c_in] + [c] * (layers - 1)]
-        block = unet_block(kind, c_ins, c, resnet, attention)
-        if level < len(channels) - 1:
-            block.upsamplers.append(Upsample(c))
-        blocks.append(block)
-        c_in = c
+def unet_blocks(c_ins, channels, attends, resnet, attention, resampler):
+    """A Block a level, in order of computation; `c_ins`: the channels that its ResNets take in."""
+    blocks = nn.ModuleList()
+    for ins, c, attending in zip(c_ins, channels, attends):
+        resnets = [resnet(c_in, c) for c_in in ins]
+        attentions = [attention(c) for _ in ins if attending]
+        last = len(blocks) == len(channels) - 1
+        blocks.append(Block(resnets, attentions, [] if last else [resampler(c)]))
     return blocks
 
 
@@ -303,32 +271,35 @@ class UNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        check_config(config)
-        self.config = config
+        self.config = check_config(config, in_channels=4, out_channels=4)
         self.gradient_checkpointing = False
-        channels, layers = config["block_out_channels"], config["layers_per_block"]
-        groups, eps = config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5)
-        heads = config["attention_head_dim"]  # so the files call the number of heads
-        require(
-            isinstance(heads, int) and not any(c % heads for c in channels),
-            f"attention_head_dim = {heads!r} must divide each of block_out_channels = {channels}",
-        )
+        channels, layers, groups = sizes(config)
+        down, up = attends(config, "Down", len(channels)), attends(config, "Up", len(channels))
+        context_dim = number(config, "cross_attention_dim", 1, MOST)
+        heads = number(config, "attention_head_dim", 1, MOST)  # so the files call it
+        for c in channels:
+            require(c % heads == 0, f"attention_head_dim = {heads} must divide each of {channels}")
+        side, multiple = number(config, "sample_size", 1, 512), 2 ** (len(channels) - 1)
+        require(side % multiple == 0, f"sample_size = {side} must be a multiple of {multiple}")
+        eps = number(config, "norm_eps", 1e-12, 1.0, default=1e-5)
         first, last, time_dim = channels[0], channels[-1], 4 * channels[0]
         resnet = partial(ResnetBlock, groups=groups, eps=eps, time_dim=time_dim)
-        context_dim = config["cross_attention_dim"]
         attention = partial(SpatialTransformer, context_dim=context_dim, heads=heads, groups=groups)
-        self.conv_in = nn.Conv2d(config["in_channels"], first, 3, padding=1)
+
+        self.conv_in = nn.Conv2d(4, first, 3, padding=1)
         linear_1, linear_2 = nn.Linear(first, time_dim), nn.Linear(time_dim, time_dim)
         self.time_embedding = nn.ModuleDict({"linear_1": linear_1, "linear_2": linear_2})
-        self.down_blocks, skips = unet_down_blocks(
-            config["down_block_types"], channels, layers, resnet, attention
-        )
+        c_ins = [[before] + [c] * (layers - 1) for before, c in zip([first, *channels], channels)]
+        halve = partial(Downsample, padding=1)
+        self.down_blocks = unet_blocks(c_ins, channels, down, resnet, attention, halve)
         self.mid_block = Block([resnet(last, last), resnet(last, last)], [attention(last)])
-        self.up_blocks = unet_up_blocks(
-            config["up_block_types"], channels[::-1], layers + 1, skips, resnet, attention
-        )
+        # on the way up each layer takes a skip connection too, the last that of the level above
+        channels = channels[::-1]
+        neighbours = zip([last, *channels], channels, [*channels[1:], first])
+        c_ins = [[a + c] + [c + c] * (layers - 1) + [c + b] for a, c, b in neighbours]
+        self.up_blocks = unet_blocks(c_ins, channels, up, resnet, attention, Upsample)
         self.conv_norm_out = nn.GroupNorm(groups, first, eps)
-        self.conv_out = nn.Conv2d(first, config["out_channels"], 3, padding=1)
+        self.conv_out = nn.Conv2d(first, 4, 3, padding=1)
 
     def forward(self, latents, timesteps, context):
         embedding = timestep_embedding(timesteps, self.conv_in.out_channels).to(latents.dtype)
@@ -358,92 +329,77 @@ class UNet(nn.Module):
         return block.layer(i, *inputs)
 
 
-def vae_resnets(c_in, c, count, groups):
-    """`count` ResNets without time, the first from c_in to c channels -> list."""
-    return [ResnetBlock(c_in if i == 0 else c, c, groups, 1e-6) for i in range(count)]
+def vae_blocks(channels, layers, resnet, resampler):
+    """A Block a level, in order of computation."""
+    blocks = nn.Sequential()
+    for before, c in zip([channels[0], *channels], channels):
+        resamplers = [resampler(c)] if len(blocks) < len(channels) - 1 else []
+        c_ins = [before] + [c] * (layers - 1)
+        blocks.append(Block([resnet(c_in, c) for c_in in c_ins], resamplers=resamplers))
+    return blocks
 
 
 class Encoder(nn.Module):
-    """Pictures (B, c_in, H, W) -> (B, c_out, H/8, W/8) with four levels."""
+    """Pictures (B, 3, H, W) -> (B, 8, H/8, W/8) with four levels."""
 
-    def __init__(self, c_in, c_out, channels, layers, groups):
+    def __init__(self, channels, layers, groups):
         super().__init__()
-        # initialised before conv_in as the zoo's VAE was, and registered after it
-        blocks = nn.ModuleList()
-        for level, c in enumerate(channels):
-            resamplers = [Downsample(c, padding=0)] if level < len(channels) - 1 else []
-            block = Block(vae_resnets(channels[max(level - 1, 0)], c, layers, groups))
-            block.downsamplers.extend(resamplers)
-            blocks.append(block)
-        c = channels[-1]
-        self.conv_in = nn.Conv2d(c_in, channels[0], 3, padding=1)
+        c, resnet = channels[-1], partial(ResnetBlock, groups=groups, eps=1e-6)
+        # initialised before conv_in and registered after it, as when the zoo's VAE was trained
+        blocks = vae_blocks(channels, layers, resnet, partial(Downsample, padding=0))
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
         self.down_blocks = blocks
-        self.mid_block = Block(vae_resnets(c, c, 2, groups), [VAEAttention(c, groups)])
+        self.mid_block = Block([resnet(c, c), resnet(c, c)], [VAEAttention(c, groups)])
         self.conv_norm_out = nn.GroupNorm(groups, c, 1e-6)
-        self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
+        self.conv_out = nn.Conv2d(c, 8, 3, padding=1)
 
-    def forward(self, x):
-        x = self.conv_in(x)
-        for block in [*self.down_blocks, self.mid_block]:
-            x = block(x)
+    def forward(self, images):
+        x = self.mid_block(self.down_blocks(self.conv_in(images)))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class Decoder(nn.Module):
-    """Latents (B, c_in, h, w) -> (B, c_out, 8h, 8w) with four levels; lowest resolution first."""
+    """Latents (B, 4, h, w) -> (B, 3, 8h, 8w) with four levels, lowest resolution first."""
 
-    def __init__(self, c_in, c_out, channels, layers, groups):
+    def __init__(self, channels, layers, groups):
         super().__init__()
-        blocks = nn.ModuleList()
-        for level, c in enumerate(channels):
-            resamplers = [Upsample(c)] if level < len(channels) - 1 else []
-            block = Block(vae_resnets(channels[max(level - 1, 0)], c, layers, groups))
-            block.upsamplers.extend(resamplers)
-            blocks.append(block)
-        c = channels[0]
-        self.conv_in = nn.Conv2d(c_in, c, 3, padding=1)
+        c, resnet = channels[0], partial(ResnetBlock, groups=groups, eps=1e-6)
+        blocks = vae_blocks(channels, layers, resnet, Upsample)
+        self.conv_in = nn.Conv2d(4, c, 3, padding=1)
         self.up_blocks = blocks
-        self.mid_block = Block(vae_resnets(c, c, 2, groups), [VAEAttention(c, groups)])
+        self.mid_block = Block([resnet(c, c), resnet(c, c)], [VAEAttention(c, groups)])
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], 1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], c_out, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
-    def forward(self, x):
-        x = self.conv_in(x)
-        for block in [self.mid_block, *self.up_blocks]:
-            x = block(x)
+    def forward(self, latents):
+        x = self.up_blocks(self.mid_block(self.conv_in(latents)))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class VAE(nn.Module):
     """The autoencoder between pictures and latents, 8 times smaller a side with four levels.
 
-    Latents are *scaled* here, to a variance of about 1, as the UNet has them. Raises UserError for
-    another model's config.
+    Latents are *scaled* here, to a variance of about 1. Raises UserError for another's config.
     """
 
     def __init__(self, config):
         super().__init__()
-        check_config(config)
-        self.config = config
+        self.config = check_config(config, in_channels=3, out_channels=3, latent_channels=4)
         # absent from v1.4's file
-        self.scaling_factor = config.get("scaling_factor", 0.18215)
-        channels, layers = config["block_out_channels"], config["layers_per_block"]
-        groups, c = config.get("norm_num_groups", 32), config["latent_channels"]
-        self.encoder = Encoder(config["in_channels"], 2 * c, channels, layers, groups)
-        self.decoder = Decoder(c, config["out_channels"], channels[::-1], layers + 1, groups)
-        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
-        self.post_quant_conv = nn.Conv2d(c, c, 1)
+        self.scaling_factor = number(config, "scaling_factor", 1e-6, 1e6, default=0.18215)
+        channels, layers, groups = sizes(config)
+        self.encoder = Encoder(channels, layers, groups)
+        self.decoder = Decoder(channels[::-1], layers + 1, groups)
+        self.quant_conv = nn.Conv2d(8, 8, 1)
+        self.post_quant_conv = nn.Conv2d(4, 4, 1)
 
     def posterior(self, images):
-        """Mean and log variance of q(z | image), unscaled.
-
-        images (B, 3, H, W) in [-1, 1] -> two (B, 4, H/8, W/8).
-        """
+        """Images (B, 3, H, W) in [-1, 1] -> mean, log variance of q(z | image) (B, 4, H/8, W/8)."""
         mean, log_var = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, log_var.clamp(-30.0, 20.0)
 
     def encode(self, images):
-        """The posterior's mean, scaled. images (B, 3, H, W) in [-1, 1] -> (B, 4, H/8, W/8)."""
+        """Images (B, 3, H, W) in [-1, 1] -> the posterior's mean, scaled (B, 4, H/8, W/8)."""
         return self.posterior(images)[0] * self.scaling_factor
 
     def decode(self, latents):
@@ -451,52 +407,75 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents / self.scaling_factor))
 
 
-def check_config(config):
-    """Raise UserError unless a config, a UNet's or a VAE's, is one of Stable Diffusion v1.x."""
+def check_config(config, **channels):
+    """A config with these `channels`. Raises UserError unless it is one of SD v1.x."""
+    require(isinstance(config, dict), "it is not a JSON object")
     for name in UNUSED_FIELDS:
-        require(not config.get(name), f"{name} = {config.get(name)!r}; SD v1.x has none")
-    for name, value in FIXED_FIELDS.items():
+        given = config.get(name)
+        require(not given, f"{name} = {reprlib.repr(given)}; SD v1.x has none")
+    for name, value in {**FIXED_FIELDS, **channels}.items():
         given = config.get(name, value)
-        require(given == value, f"{name} = {given!r}; only {value!r} (SD v1.x) is implemented")
+        hint = " (9: an inpainting UNet)" if given == 9 else ""
+        require(given == value, f"{name} = {reprlib.repr(given)}{hint}; only {value} is possible")
+    return {**config, **channels}
+
+
+def number(config, name, least, most, default=None):
+    """A number of a config in its bounds, an int where these are ints. Raises UserError."""
+    value = config.get(name, default)
+    fits = type(value) in (int, type(least)) and least <= value <= most
+    require(fits, f"{name} = {reprlib.repr(value)}; needed: a number from {least} to {most}")
+    return value
+
+
+def sizes(config):
+    """Channels of each level, highest resolution first, layers of a level, groups of a norm."""
+    layers = number(config, "layers_per_block", 1, 16)
+    groups = number(config, "norm_num_groups", 1, MOST, default=32)
+    channels = config.get("block_out_channels")
+    fits = type(channels) is list and 1 <= len(channels) <= 8
+    for c in channels if fits else []:
+        fits = fits and type(c) is int and 1 <= c <= MOST and c % 2 == c % groups == 0
+    needed = f"1 to 8 multiples of 2 and of norm_num_groups = {groups}, at most {MOST}"
+    require(fits, f"block_out_channels = {reprlib.repr(channels)}; needed: {needed}")
+    return channels, layers, groups
+
+
+def attends(config, way, levels):
+    """Which of a UNet's blocks on the `way` "Down" or "Up" have attention -> list."""
+    name, plain, attending = f"{way.lower()}_block_types", f"{way}Block2D", f"CrossAttn{way}Block2D"
+    kinds = config.get(name)
+    fits = type(kinds) is list and len(kinds) == levels
+    fits = fits and all(kind in (plain, attending) for kind in kinds)
+    needed = f"{plain} or {attending}, {levels} as there are block_out_channels"
+    require(fits, f"{name} = {reprlib.repr(kinds)}; needed: {needed}")
+    return [kind == attending for kind in kinds]
 
 
 def load(cls, folder, dtype=torch.float32):
-    """A `UNet` or `VAE` from a folder in the diffusers layout, its weights as `dtype`.
-
-    They are safetensors of any float type, and must be all and no more. Raises UserError.
-    """
+    """A `UNet` or `VAE` of `dtype` from a folder in the diffusers layout. Raises UserError."""
     config_path, path = Path(folder) / "config.json", Path(folder) / WEIGHTS
     for file in (config_path, path):
-        require(
-            file.is_file(),
-            f"{file} is missing: not the folder of a {cls.__name__} in the diffusers layout "
-            "(safetensors)",
-        )
+        what = f"not the folder of a {cls.__name__} in the diffusers layout (safetensors)"
+        require(file.is_file(), f"{file} is missing: {what}")
     try:
-        net = cls(json.loads(config_path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        lacks = "lacks the field " if isinstance(error, KeyError) else ""
-        raise UserError(
-            f"{config_path} is not the config of a {cls.__name__} of Stable Diffusion v1.x: "
-            f"{lacks}{error}"
-        ) from None
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except (OSError, RecursionError, ValueError) as error:
+        raise UserError(f"{config_path} is not JSON: {one_line(error)}") from None
     try:
-        net.load_state_dict(renamed(load_file(path), net.state_dict()))
+        with torch.device("meta"):  # no memory before the weights are seen to fit
+            net = cls(config)
+    except UserError as error:
+        what = f"the config of a {cls.__name__} of Stable Diffusion v1.x"
+        raise UserError(f"{config_path} is not {what}: {error}") from None
+    try:
+        weights = {name: w.to(dtype, copy=True) for name, w in load_file(path).items()}
+        for old, new in RENAMED.items():
+            weights = {name.replace(f".{old}.", f".{new}."): w for name, w in weights.items()}
+        net.load_state_dict(weights, assign=True)
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"{path} does not fit {config_path}: {one_line(error)}") from None
-    return net.to(dtype)
-
-
-def renamed(weights, own):
-    """An old VAE file's weights by today's names; 1x1 convolutions become linear as in `own`."""
-    new = {}
-    for name, tensor in weights.items():
-        for old_part, part in RENAMED.items():
-            name = name.replace(f".{old_part}.", f".{part}.")
-        if name in own and tensor.shape == (*own[name].shape, 1, 1):
-            tensor = tensor[:, :, 0, 0]
-        new[name] = tensor
-    return new
+    return net
 
 
 def one_line(error):
@@ -522,10 +501,7 @@ def save_tensors(tensors, path, dtype=None):
 
 
 def locate(model, flag="--model", files=STABLE_DIFFUSION):
-    """The folder of a model: a local one as it is, or `files` of a hub id (owner/name) -> Path.
-
-    Raises UserError that names `flag`.
-    """
+    """The folder of a model: one on disk as it is, or `files` of a hub id. Raises UserError."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
@@ -533,18 +509,17 @@ def locate(model, flag="--model", files=STABLE_DIFFUSION):
     try:
         return Path(snapshot_download(model, allow_patterns=files, etag_timeout=5))
     except Exception as error:  # no network, no such model, no access: many types, one meaning
+        kind, way = type(error).__name__, f"`hf download {model} --local-dir FOLDER`"
         raise UserError(
-            f"{flag} {model}: neither a folder nor to be had from the hub "
-            f"({type(error).__name__}). Where there is a network: "
-            f"`hf download {model} --local-dir FOLDER`, then {flag} FOLDER"
+            f"{flag} {model}: neither a folder nor to be had from the hub ({kind}). "
+            f"Where there is a network: {way}, then {flag} FOLDER"
         ) from None
 
 
 def loading(flag, name, cls, folder, **options):
-    """What transformers' `cls` reads from a folder, quietly; a network needs a `dtype`.
+    """transformers' `cls` from a folder, quietly; networks need a `dtype`. Raises UserError.
 
-    Raises UserError for whatever goes wrong, missing weights too: transformers would put random
-    numbers in their place.
+    Missing weights are an error too: transformers would put random numbers in their place.
     """
     from transformers.utils import logging
 
@@ -567,16 +542,14 @@ def loading(flag, name, cls, folder, **options):
 
 
 class LoRALinear(nn.Linear):
-    """W x + b + B A x: W and b are frozen (Hu et al. 2021, arXiv 2106.09685; alpha / rank = 1).
+    """W x + b + B A x, W and b frozen (Hu et al. 2021, arXiv 2106.09685; alpha / rank = 1).
 
-    B is 0 at first and A ~ N(0, 1 / rank^2), as in diffusers when the authors used it. The wrapped
-    layer's own parameters are kept under their names. (..., in) -> (..., out).
+    B is 0 at first and A ~ N(0, 1 / rank^2), as in the diffusers of the authors' PyTorch code.
     """
 
     def __init__(self, linear, rank, generator):
-        bias = linear.bias is not None
-        # meta takes no memory: the weights are those of the given layer
-        super().__init__(linear.in_features, linear.out_features, bias=bias, device="meta")
+        # on meta, without memory: the weights are those of the given layer
+        super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.lora_A = nn.Linear(self.in_features, rank, bias=False)
         self.lora_B = nn.Linear(rank, self.out_features, bias=False)
@@ -592,10 +565,7 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(net, rank, seed=0):
-    """Freeze a network; train a LoRA of every attention's q, k, v and output projection instead.
-
-    Equal seeds give equal matrices, so that all processes start alike -> the network itself.
-    """
+    """Freeze a network, and give each attention's q, k, v and output projection a LoRA to train."""
     net.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for attention in [module for module in net.modules() if isinstance(module, Attention)]:

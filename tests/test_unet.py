@@ -8,7 +8,9 @@ initialisation, whose norms are all ones and zeros and would hide a swapped pair
 import copy
 import json
 import math
+import resource
 import shutil
+import time
 
 import huggingface_hub
 import pytest
@@ -16,6 +18,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from huggingface_hub.utils import filter_repo_objects
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, CLIPTextModel, CLIPTokenizer
@@ -341,8 +345,7 @@ def test_timestep_embedding_by_hand_has_cosines_first():
 # --- files
 
 
-@pytest.mark.parametrize("as_convolutions", [False, True])
-def test_vae_file_with_the_old_attention_names_loads_to_the_same_output(as_convolutions, tmp_path):
+def test_vae_file_with_the_old_attention_names_loads_to_the_same_output(tmp_path):
     theirs = write(AutoencoderKL, VAES["2 levels, 1 layer"], tmp_path)
     weights, old = load_file(tmp_path / unet.WEIGHTS), {}
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -350,9 +353,7 @@ def test_vae_file_with_the_old_attention_names_loads_to_the_same_output(as_convo
         for new_name, old_name in names.items():
             if f".{new_name}." in key:
                 key = key.replace(f".{new_name}.", f".{old_name}.")
-                if as_convolutions and tensor.ndim == 2:
-                    tensor = tensor[:, :, None, None]
-        old[key] = tensor.contiguous()
+        old[key] = tensor
     assert len(set(old) - set(weights)) == 16  # 4 projections with biases, in encoder and decoder
     save_file(old, tmp_path / unet.WEIGHTS)
     ours = unet.load(unet.VAE, tmp_path)
@@ -531,31 +532,11 @@ FAULTS = {  # what is done to the folder, and what the message must say, the fil
     "no folder": (shutil.rmtree, f"{CONFIG} is missing"),
     "no config": (remove(CONFIG), f"{CONFIG} is missing"),
     "no weights": (remove(WEIGHTS), f"{WEIGHTS} is missing"),
-    "config is not JSON": (put(CONFIG, b"{not json"), NOT_A_CONFIG),
-    "config is empty": (put(CONFIG, b""), NOT_A_CONFIG),
-    "config is a list": (put(CONFIG, b"[]"), NOT_A_CONFIG),
-    "config is not text": (put(CONFIG, b"\xff\xfe\x00"), NOT_A_CONFIG),
-    "wrong type": (edit_config(block_out_channels="8"), f"{NOT_A_CONFIG}.*"),
-    "heads that do not divide": (
-        edit_config(attention_head_dim=3),
-        f"{NOT_A_CONFIG}.*attention_head_dim = 3",
-    ),
-    "another activation": (
-        edit_config(timestep_post_act="silu"),
-        f"{NOT_A_CONFIG}.*timestep_post_act = 'silu'",
-    ),
-    "a field is absent": (
-        edit_config(block_out_channels="absent"),
-        f"{NOT_A_CONFIG}.*block_out_channels",
-    ),
-    "config of SD 2": (
-        edit_config(use_linear_projection=True),
-        f"{NOT_A_CONFIG}.*use_linear_projection = True",
-    ),
-    "block of another model": (
-        edit_config(down_block_types=["AttnDownBlock2D"] * 2),
-        f"{NOT_A_CONFIG}.*AttnDownBlock2D",
-    ),
+    "config is not JSON": (put(CONFIG, b"{not json"), f"{CONFIG} is not JSON"),
+    "config is empty": (put(CONFIG, b""), f"{CONFIG} is not JSON"),
+    "config is not text": (put(CONFIG, b"\xff\xfe\x00"), f"{CONFIG} is not JSON"),
+    "config is nested too deeply": (put(CONFIG, b"[" * 10**5), f"{CONFIG} is not JSON"),
+    "config is a list": (put(CONFIG, b"[]"), f"{NOT_A_CONFIG}.*not a JSON object"),
     "config of another size": (
         edit_config(block_out_channels=[8, 32]),
         f"{WEIGHTS} does not fit .*{CONFIG}.*mismatch",
@@ -594,10 +575,174 @@ def test_a_broken_folder_is_refused_in_one_line_that_names_the_file(fault, words
     assert_refused(words, unet.load, unet.UNet, folder)
 
 
-def test_a_vae_that_is_not_of_sd_v1_is_refused(tmp_path):
-    write(AutoencoderKL, vae_config([8, 16], 1, use_quant_conv=False), tmp_path)
-    words = "config.json is not the config of a VAE .* use_quant_conv = False"
-    assert_refused(words, unet.load, unet.VAE, tmp_path)
+GONE = object()  # a field that the config lacks
+NO_UNET = [  # a field of a UNet's config, what it may not be, and what the message must say of it
+    *[("sample_size", value, "sample_size = ") for value in (GONE, None, [8, 8], True, 0, -8)],
+    *[("sample_size", value, "sample_size = ") for value in (8.0, "8", math.nan, 10**9, 513)],
+    ("sample_size", 9, "sample_size = 9 must be a multiple of 2"),
+    ("in_channels", 9, r"in_channels = 9 \(9: an inpainting UNet\); only 4"),
+    *[("in_channels", value, "in_channels = .*only 4") for value in (None, 3, [4], "4", 10**9)],
+    *[("out_channels", value, "out_channels = .*only 4") for value in (None, 8, 10**9)],
+    *[("layers_per_block", value, "layers_per_block = ") for value in (GONE, None, [1, 1], 1.0)],
+    *[("layers_per_block", value, "layers_per_block = ") for value in (True, "1", 0, -1, 10**9)],
+    *[("block_out_channels", value, "block_out_channels = ") for value in (GONE, None, 8, "8")],
+    *[("block_out_channels", value, "block_out_channels = ") for value in ([], [8] * 9, [8, None])],
+    *[("block_out_channels", value, "block_out_channels = ") for value in ([8, 16.0], [True, 8])],
+    *[("block_out_channels", value, "block_out_channels = ") for value in ([8, 0], [-8, 8])],
+    *[("block_out_channels", value, "block_out_channels = ") for value in ([8, 10], [8, 10**9])],
+    ("block_out_channels", [8], "down_block_types = .*1 as there are block_out_channels"),
+    ("block_out_channels", [8] * 3, "down_block_types = .*3 as there are block_out_channels"),
+    *[("down_block_types", value, "down_block_types = ") for value in (GONE, None, [], [None] * 2)],
+    *[("down_block_types", value, "down_block_types = ") for value in ("ab", ["DownBlock2D"] * 3)],
+    ("down_block_types", ["AttnDownBlock2D"] * 2, "AttnDownBlock2D.*needed: DownBlock2D or Cross"),
+    ("down_block_types", ["UpBlock2D"] * 2, "UpBlock2D.*needed: DownBlock2D or CrossAttnDown"),
+    *[("up_block_types", value, "up_block_types = ") for value in (GONE, {}, ["UpBlock2D"])],
+    ("up_block_types", ["DownBlock2D"] * 2, "DownBlock2D.*needed: UpBlock2D or CrossAttnUpBlock2D"),
+    ("norm_num_groups", 3, "norm_num_groups = 3"),
+    *[("norm_num_groups", value, "norm_num_groups = ") for value in (None, 0, 10**9, "4", 4.0)],
+    *[("norm_eps", value, "norm_eps = ") for value in (None, 0, -1e-5, "1e-5", math.nan, True)],
+    *[("norm_eps", value, "norm_eps = ") for value in (math.inf, 10**400, [1e-5])],
+    ("attention_head_dim", 3, "attention_head_dim = 3 must divide"),
+    *[("attention_head_dim", value, "attention_head_dim = ") for value in (GONE, None, [2, 2], 0)],
+    *[("attention_head_dim", value, "attention_head_dim = ") for value in (2.0, "2", True, -2)],
+    *[("cross_attention_dim", value, "cross_attention_dim = ") for value in (GONE, None, 0, "12")],
+    *[("cross_attention_dim", value, "cross_attention_dim = ") for value in ([12], 12.0, 10**9)],
+    ("timestep_post_act", "silu", "timestep_post_act = 'silu'; SD v1.x has none"),
+    ("time_embedding_act_fn", "silu", "time_embedding_act_fn = 'silu'; SD v1.x has none"),
+    ("num_attention_heads", 2, "num_attention_heads = 2; SD v1.x has none"),
+    ("dropout", 0.1, "dropout = 0.1; SD v1.x has none"),
+    ("resnet_skip_time_act", True, "resnet_skip_time_act = True; SD v1.x has none"),
+    ("use_linear_projection", True, "use_linear_projection = True; SD v1.x has none"),
+    ("act_fn", "gelu", "act_fn = 'gelu'; only silu"),
+    ("flip_sin_to_cos", False, "flip_sin_to_cos = False; only True"),
+    ("resnet_out_scale_factor", 2.0, "resnet_out_scale_factor = 2.0; only 1"),
+    ("act_fn", "x" * 10**6, "act_fn = 'x.*; only silu"),
+]
+NO_VAE = [
+    ("latent_channels", 16, "latent_channels = 16; only 4"),
+    *[("latent_channels", value, "latent_channels = .*only 4") for value in (None, [4], 10**9)],
+    *[("in_channels", value, "in_channels = .*only 3") for value in (None, 1, 4)],
+    *[("out_channels", value, "out_channels = .*only 3") for value in (None, 1, 4)],
+    *[("block_out_channels", value, "block_out_channels = ") for value in (GONE, None, 8, [])],
+    *[("block_out_channels", value, "block_out_channels = ") for value in ([8, 10], [8, 10**9])],
+    *[("layers_per_block", value, "layers_per_block = ") for value in (GONE, None, 0, 1.0, 10**9)],
+    *[("norm_num_groups", value, "norm_num_groups = ") for value in (None, 0, [4], 3)],
+    *[("scaling_factor", value, "scaling_factor = ") for value in (None, 0, -1.0, True, "0.18215")],
+    *[("scaling_factor", value, "scaling_factor = ") for value in (math.nan, math.inf, 10**400)],
+    ("use_quant_conv", False, "use_quant_conv = False; only True"),
+    ("shift_factor", 0.1, "shift_factor = 0.1; SD v1.x has none"),
+    ("latents_mean", [0.1], r"latents_mean = \[0.1\]; SD v1.x has none"),
+]
+
+
+def with_field(config, name, value):
+    changed = {**config, name: value}
+    return {name: value for name, value in changed.items() if value is not GONE}
+
+
+@pytest.fixture(scope="module", params=["UNet", "VAE"])
+def small(request, tmp_path_factory):
+    """The class of a small network, its config, and its folder."""
+    cls = getattr(unet, request.param)
+    config = {unet.UNet: UNETS, unet.VAE: VAES}[cls]["2 levels, 1 layer"]
+    folder = tmp_path_factory.mktemp(request.param)
+    unet.save(cls(config), folder)
+    return cls, config, folder
+
+
+def test_a_config_is_checked_for_everything_that_is_used_later(small):
+    cls, config, folder = small
+    for name, value, words in {unet.UNet: NO_UNET, unet.VAE: NO_VAE}[cls]:
+        (folder / CONFIG).write_text(json.dumps(with_field(config, name, value)))
+        words = (
+            f"{CONFIG} is not the config of a {cls.__name__} of Stable Diffusion v1.x: .*{words}"
+        )
+        assert_refused(words, unet.load, cls, folder)
+
+
+def test_fields_that_say_the_same_as_sd_v1_or_nothing_are_taken(small):
+    """As newer versions of diffusers write them, or none at all."""
+    cls, config, folder = small
+    theirs = {unet.UNet: UNet2DConditionModel, unet.VAE: AutoencoderKL}[cls](**config).config
+    loads = [json.loads(json.dumps(theirs)), {**theirs, "_name_or_path": "x", "decay": 0.999}]
+    for name in ("in_channels", "out_channels", "latent_channels", "scaling_factor", "act_fn"):
+        loads.append(with_field(config, name, GONE))
+    for accepted in loads:
+        (folder / CONFIG).write_text(json.dumps(accepted))
+        net = unet.load(cls, folder)
+        assert net.config["in_channels"] == config["in_channels"]
+        works(net)
+
+
+def works(net):
+    """It takes what its config says that it takes, and gives numbers."""
+    device = next(net.parameters()).device
+    with torch.no_grad():
+        if isinstance(net, unet.UNet):
+            side, context = net.config["sample_size"], net.config["cross_attention_dim"]
+            x = torch.ones(2, net.config["in_channels"], side, side, device=device)
+            context = torch.ones(2, 3, context, device=device)
+            output = net(x, torch.tensor([1, 500], device=device), context)
+            assert output.shape == x.shape
+        else:
+            side = 2 ** len(net.config["block_out_channels"])
+            x = torch.ones(1, 3, side, side, device=device)
+            output = net.decode(net.encode(x))
+            assert output.shape == x.shape
+    if device.type == "cpu":
+        assert output.isfinite().all()
+
+
+def parts(value):
+    return [value, *value] if isinstance(value, list) else [value]
+
+
+def fields(config):
+    """Configs like this one but for one to three fields: dropped, or of any value in JSON."""
+    numbers = st.integers(-1, 20) | st.sampled_from([32, 64, 10**4, 10**6, 2**31, 10**18, 10**400])
+    floats = st.floats(allow_nan=True, allow_infinity=True)
+    simple = st.none() | st.booleans() | numbers | floats | st.text(max_size=3)
+    known = st.sampled_from([part for value in config.values() for part in parts(value)])
+    lists = st.lists(simple | known, max_size=5) | st.lists(st.sampled_from([4, 8, 12, 16]))
+    value = st.just(GONE) | simple | known | lists | st.dictionaries(st.text(max_size=3), simple)
+    names = [*config, *unet.UNUSED_FIELDS, *unet.FIXED_FIELDS, "norm_eps", "scaling_factor"]
+    changes = st.dictionaries(st.sampled_from(names), value, min_size=1, max_size=3)
+    return changes.map(lambda new: {**config, **new})
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_config_is_refused_in_one_line_or_makes_a_network_that_works(small, data):
+    cls, config, folder = small
+    changed = data.draw(fields(config))
+    changed = {name: value for name, value in changed.items() if value is not GONE}
+    (folder / CONFIG).write_text(json.dumps(changed))
+    try:
+        net = unet.load(cls, folder)
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 700
+        assert str(folder / CONFIG) in str(error)
+    else:
+        works(net)
+    try:
+        with torch.device("meta"):  # whatever weights there might be
+            net = cls(json.loads(json.dumps(changed)))
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 400
+    else:
+        works(net)
+
+
+def test_sizes_that_the_weights_do_not_have_take_neither_memory_nor_time(small):
+    """Within the bounds that a config has, but 100 GB of weights, were they made."""
+    cls, config, folder = small
+    channels = [2**14] * len(config["block_out_channels"])
+    huge = {**config, "block_out_channels": channels, "layers_per_block": 16}
+    (folder / CONFIG).write_text(json.dumps(huge))
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    assert_refused(f"{WEIGHTS} does not fit", unet.load, cls, folder)
+    assert time.monotonic() - start < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100e3  # kB
 
 
 # --- what transformers reads, and the hub
