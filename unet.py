@@ -22,6 +22,7 @@ Deviations from diffusers; results are equal to float precision:
 
 import json
 import math
+import os
 import reprlib
 from contextlib import contextmanager
 from functools import partial
@@ -494,10 +495,13 @@ def save(net, folder, dtype=None):
 
 
 def save_tensors(tensors, path, dtype=None):
-    """Write {name: tensor}, on any device and in any layout, as safetensors of their own dtype."""
+    """Write {name: tensor}, on any device and in any layout, as safetensors, by default as is."""
     on_cpu = {name: t.detach().to("cpu", dtype or t.dtype) for name, t in tensors.items()}
     contiguous = {name: tensor.contiguous() for name, tensor in on_cpu.items()}
+    Path(path).touch()
+    mode = os.stat(path).st_mode
     save_file(contiguous, path, metadata={"format": "pt"})
+    os.chmod(path, mode)  # safetensors 0.8.0 lets the owner alone read, whatever the umask
 
 
 def locate(model, flag="--model", files=STABLE_DIFFUSION):

@@ -8,6 +8,7 @@ initialisation, whose norms are all ones and zeros and would hide a swapped pair
 import copy
 import json
 import math
+import os
 import resource
 import shutil
 import time
@@ -423,6 +424,24 @@ def test_save_tensors_writes_any_layout_as_it_is(device_dtype, tmp_path):
         assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}  # transformers refuses a file without
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_weights_can_be_read_by_whom_the_umask_lets(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        unet.save(unet.VAE(VAES["2 levels, 1 layer"]), tmp_path / "vae")
+        net, _ = lora_pair()
+        unet.save_lora(net, tmp_path)
+        unet.save_tensors({"x": torch.ones(2)}, tmp_path / "x.safetensors")
+        unet.save_tensors({"x": torch.ones(3)}, tmp_path / "x.safetensors")
+    finally:
+        os.umask(before)
+    files = [tmp_path / unet.LORA, tmp_path / "x.safetensors", *(tmp_path / "vae").iterdir()]
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {
+        path.name: mode for path in files
+    }
+    assert len(files) == 4 and len(load_file(tmp_path / "x.safetensors")["x"]) == 3
 
 
 # --- LoRA (more of it in test_scale.py)
