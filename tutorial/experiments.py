@@ -1,39 +1,66 @@
-"""The paper's experiments on the zoo: each is a list of train.py command lines, a table and a picture.
+"""The paper's experiments on the zoo: each is a list of train.py command lines, a table, a picture.
 
-    python tutorial/experiments.py                  # all of them, one run at a time: about an hour and a quarter on two CPU cores
-    python tutorial/experiments.py fig4             # one of them (and the search that it takes its settings from)
-    python tutorial/experiments.py --quick          # does everything still run? Two epochs a cell; shows nothing else
+    python tutorial/experiments.py            # all of them: an hour and a quarter on two CPU cores
+    python tutorial/experiments.py fig4       # one of them, and the search it has its settings from
+    python tutorial/experiments.py --quick    # does everything still run? Shows nothing else
 
-A run lies in a folder of its own, runs/experiments/<experiment>/<cell>: one that is finished is not run again, one that broke off goes on
-from its last checkpoint. Delete the folder when the zoo's weights or the code have changed: only settings are compared.
-Tables go into experiments.md between their marks, pictures beside it; the words around them are a person's.
+A run lies in a folder of its own, runs/experiments/<experiment>/<cell>: one that is finished is not
+run again, one that broke off goes on from its last checkpoint. Delete the folder when the zoo's
+weights or the code have changed: only settings are compared. Tables go into experiments.md between
+their marks, pictures beside it; the words around them are a person's.
 """
+
 import argparse
 import dataclasses
 import json
 import math
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import train                                        # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train
 
+HERE = Path(__file__).resolve().parent
 COMMON = "--model zoo --device cpu --reward compressibility"
-# The same search for each algorithm: 3 learning rates times 2 values of the setting that matters most beside it; 512 queries each.
-# DDPO_IS: pictures an update. DDPO_SF: pictures an epoch, which is an update. RWR: inverse temperature, per kB. RWR-sparse: the percentile.
+QUERIES = 512  # reward queries of a cell and of a curve
+COST = 0.15  # the share of pictures, in the judge's eyes, that a winner may lose
+SMOKE = "--epochs 2 --steps 2 --samples-per-epoch 32 --eval-samples 4 "
+SMOKE += "--micro-batch 32 --sample-batch 32"
+
+
+@dataclasses.dataclass
+class Grid:
+    """What an algorithm's search tries: each learning rate with each value of another setting."""
+
+    common: str
+    rates: tuple
+    option: str
+    values: tuple
+
+    def cells(self):
+        """-> [(the settings that differ, all of them, a short name)]."""
+        pairs = [(rate, value) for rate in self.rates for value in self.values]
+        differing = [f"--lr {rate} {self.option} {value}" for rate, value in pairs]
+        names = [f"{rate}_{value}" for rate, value in pairs]
+        return [(own, f"{self.common} {own}", name) for own, name in zip(differing, names)]
+
+
+# The same search for each: 3 learning rates times 2 values of what matters most beside them.
+# DDPO_IS: pictures an update. DDPO_SF: pictures an epoch, which is an update. RWR: inverse
+# temperature, per kB. RWR-sparse: the percentile.
+ROUNDS = "--warmup 4 --samples-per-epoch 128 --batch-size 64 --updates 24"
 SEARCH = {
-    "ddpo-is": ("--warmup 4 --samples-per-epoch 64", "--lr", ("2e-4", "4e-4", "8e-4"), "--batch-size", ("16", "32")),
-    "ddpo-sf": ("--warmup 4", "--lr", ("4e-4", "8e-4", "1.6e-3"), "--samples-per-epoch", ("32", "64")),
-    "rwr": ("--warmup 4 --samples-per-epoch 128 --batch-size 64 --updates 24", "--lr", ("1e-5", "3e-5", "1e-4"), "--beta", ("5", "20")),
-    "rwr-sparse": ("--warmup 4 --samples-per-epoch 128 --batch-size 64 --updates 24", "--lr", ("1e-5", "3e-5", "1e-4"), "--percentile", ("0.5", "0.9"))}
-QUERIES, COST = 512, 0.15                           # reward queries of a cell and of a curve; the share of pictures that the winner may lose
-SMOKE = "--epochs 2 --steps 2 --samples-per-epoch 32 --eval-samples 4 --micro-batch 32 --sample-batch 32"
+    "ddpo-is": Grid(
+        "--warmup 4 --samples-per-epoch 64", ("2e-4", "4e-4", "8e-4"), "--batch-size", ("16", "32")
+    ),
+    "ddpo-sf": Grid("--warmup 4", ("4e-4", "8e-4", "1.6e-3"), "--samples-per-epoch", ("32", "64")),
+    "rwr": Grid(ROUNDS, ("1e-5", "3e-5", "1e-4"), "--beta", ("5", "20")),
+    "rwr-sparse": Grid(ROUNDS, ("1e-5", "3e-5", "1e-4"), "--percentile", ("0.5", "0.9")),
+}
 
 
 def lines_of(folder):
@@ -42,78 +69,146 @@ def lines_of(folder):
 
 
 def diverged(folder):
+    """Did the run end in numbers that are not finite?"""
     return any("not finite" in line["warnings"] for line in lines_of(folder))
 
 
+def resolve(given):
+    """The settings that train.py makes of a command line -> {name: value}. Raises UserError."""
+    algorithm = train.choose_algorithm(given.get("algorithm", train.Config.algorithm))
+    config = train.merge(given, train.ZOO, algorithm)
+    train.check(config, given, algorithm)
+    return dataclasses.asdict(config)
+
+
 def run(folder, arguments):
-    """`python train.py <arguments>` in a folder of its own -> the folder. Nothing to do where it is finished; resumed where it broke off."""
-    wanted = dataclasses.asdict(train.resolve({**train.parse(shlex.split(arguments)), "out": str(folder)}, train.ZOO))
-    before = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else None
-    if other := [name for name in wanted if before and before.get(name) != wanted[name] and name != "resume"]:
-        raise SystemExit(f"{folder} holds a run with another {other[0]}: move it away, or delete it")
+    """`python train.py <arguments>` in a folder of its own, in this process -> the folder.
+
+    Nothing is to be done where it is finished; it is resumed where it broke off.
+    """
+    words, config = shlex.split(arguments), folder / "config.json"
+    wanted = resolve({**train.parse(words), "out": str(folder)})
+    before = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
+    if before:
+        names = [name for name in wanted if before.get(name) != wanted[name] and name != "resume"]
+        if names:
+            raise SystemExit(
+                f"{folder} holds a run with another {names[0]}: move it away, or delete it"
+            )
     if not before or (len(lines_of(folder)) < wanted["epochs"] and not diverged(folder)):
         print(f"\n$ python train.py {arguments} --out {folder}", flush=True)
-        command = [sys.executable, str(ROOT / "train.py"), "--out", str(folder), *(["--resume"] if before else shlex.split(arguments))]
-        if subprocess.run(command).returncode and not diverged(folder):
-            raise SystemExit(f"{folder}: the run stopped (see above); the same command goes on with it")
-    for optimizer in folder.glob("checkpoints/*/optimizer.safetensors"):               # two thirds of the disk space, of no more use
-        optimizer.unlink()
+        try:
+            train.main(["--out", str(folder), *(["--resume"] if before else words)])
+        except SystemExit as stop:
+            if not diverged(folder):
+                advice = "the run stopped; the same command goes on with it"
+                raise SystemExit(f"{stop.code}\n{folder}: {advice}") from None
+    for optimizer in folder.glob("checkpoints/*/optimizer.safetensors"):
+        optimizer.unlink()  # two thirds of the disk space, of no more use
     return folder
 
 
-def length(algorithm, settings, quick, *more, queries=QUERIES):
-    """The options that say how long a cell runs: `queries` pictures; in a smoke run next to nothing."""
-    if quick:
-        return SMOKE + (" --updates 2 --batch-size 16" if algorithm.startswith("rwr") else "")
-    epochs = queries // per_epoch(settings)
-    return " ".join([f"--epochs {epochs} --checkpoint-every {epochs // 4}", *more])
-
-
 def per_epoch(settings):
+    """The pictures an epoch among settings."""
     words = shlex.split(settings)
     return int(words[words.index("--samples-per-epoch") + 1])
 
 
-def evaluations(folder):
-    """What the fixed pictures scored: queries, reward, share that the judge finds right, each a list over evaluations, the base's first."""
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("samples/*.json"))]
-    return ([r["epoch"] for r in records], *([sum(r[key]) / len(r[key]) for r in records] for key in ("rewards", "judged_right")))
+def length(algorithm, settings, quick, more, queries=QUERIES):
+    """The options for how long a cell runs: `queries` pictures; in a smoke run next to nothing."""
+    if quick:
+        return SMOKE + (" --updates 2 --batch-size 16" if algorithm.startswith("rwr") else "")
+    epochs = queries // per_epoch(settings)
+    return f"--epochs {epochs} --checkpoint-every {epochs // 4} {more}"
 
 
-def judged(folder):
-    """A finished run's gain in the base's standard deviations and in paired standard errors, the judge before and after; one that diverged has lost all."""
+@dataclasses.dataclass
+class Outcome:
+    """A finished run's gain in reward and what the judge makes of it."""
+
+    sd: float  # the gain in the base's standard deviations
+    t: float  # in paired standard errors
+    before: float  # the share that the judge finds right
+    after: float
+
+    @property
+    def cost(self):
+        """The share that the judge no longer finds right."""
+        return self.before - self.after
+
+    def texts(self):
+        """As columns of a table; GAINS are their headings."""
+        return [f"{self.sd:+.2f}", f"{self.t:.1f}", f"{self.before:.0%} → {self.after:.0%}"]
+
+
+GAINS = ["gain, sd of the base", "paired s.e.", "judge"]
+
+
+def outcome(folder):
+    """-> Outcome; a run that diverged has lost all."""
     if diverged(folder):
-        return -math.inf, -math.inf, 1, 0
-    first, *_, last = [line for line in lines_of(folder) if "eval_queries" in line]
-    return last["eval_gain_sd"], last["eval_gain_se"], first["eval_judged_right_mean"], last["eval_judged_right_mean"]
+        return Outcome(-math.inf, -math.inf, 1, 0)
+    evaluated = [line for line in lines_of(folder) if "eval_queries" in line]
+    first, last, judge = evaluated[0], evaluated[-1], "eval_judged_right_mean"
+    return Outcome(last["eval_gain_sd"], last["eval_gain_t"], first[judge], last[judge])
+
+
+def evaluations(folder):
+    """What the fixed pictures scored, the base's first.
+
+    -> epochs, rewards and shares that the judge finds right, a number each.
+    """
+    paths = sorted(folder.glob("samples/*.json"))
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+    def means(key):
+        return [sum(record[key]) / len(record[key]) for record in records]
+
+    return [record["epoch"] for record in records], means("rewards"), means("judged_right")
 
 
 def table(header, rows):
-    return "\n".join(["| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)])
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def search(out, quick):
-    """Each algorithm's settings, by the same search -> {algorithm: the winner's options}, a table.
+def best(outcomes):
+    """The place of the winner: the largest gain among those that cost the judge at most COST.
 
-    The winner has the largest gain in reward of those that cost the judge at most 15 points; where none is so gentle, it is the gentlest.
+    Where none is so gentle, the gentlest.
     """
+    gentle = [i for i, found in enumerate(outcomes) if found.cost <= COST]
+    if gentle:
+        return max(gentle, key=lambda i: outcomes[i].sd)
+    return min(range(len(outcomes)), key=lambda i: outcomes[i].cost)
+
+
+def search(out, quick, algorithms=tuple(SEARCH)):
+    """Each algorithm's settings, by the same search -> {algorithm: the winner's}, a table."""
     winners, rows = {}, []
-    for algorithm, (common, first, firsts, second, seconds) in SEARCH.items():
-        cells = []
-        for a, b in [(a, b) for a in firsts for b in seconds][:2 if quick else None]:
-            settings = f"{common} {first} {a} {second} {b}"
-            folder = run(out / "search" / f"{algorithm}_{a}_{b}", f"{COMMON} --algorithm {algorithm} {settings} {length(algorithm, settings, quick, '--eval-every 1000')}")
-            cells.append((settings, f"`{first} {a} {second} {b}`", *judged(folder)))
-        gentle = [cell for cell in cells if cell[4] - cell[5] <= COST]
-        winner = max(gentle, key=lambda cell: cell[2]) if gentle else min(cells, key=lambda cell: cell[4] - cell[5])
-        winners[algorithm] = winner[0]
-        rows += [[algorithm, name, f"{sd:+.2f}", f"{se:.1f}", f"{before:.0%} → {after:.0%}", "**chosen**" if settings == winner[0] else ""]
-                 for settings, name, sd, se, before, after in cells]
-    return winners, table(["algorithm", "settings", "gain, sd of the base", "paired s.e.", "judge", ""], rows)
+    for algorithm in algorithms:
+        cells = SEARCH[algorithm].cells()[: 2 if quick else None]
+        outcomes = []
+        for _, settings, name in cells:
+            how_long = length(algorithm, settings, quick, "--eval-every 1000")
+            arguments = f"{COMMON} --algorithm {algorithm} {settings} {how_long}"
+            outcomes.append(outcome(run(out / "search" / f"{algorithm}_{name}", arguments)))
+        winner = best(outcomes)
+        winners[algorithm] = cells[winner][1]
+        for i, (own, _, _) in enumerate(cells):
+            mark = "**chosen**" if i == winner else ""
+            rows.append([algorithm, f"`{own}`", *outcomes[i].texts(), mark])
+    return winners, table(["algorithm", "settings", *GAINS, ""], rows)
+
+
+def only_search(out, quick):
+    """The search's table, without a picture."""
+    return None, search(out, quick)[1]
 
 
 def panels(label):
-    """A picture of two: the reward of the fixed pictures on the left, what the judge finds right on the right -> figure, left, right."""
+    """A picture of two: reward and judge of the fixed pictures -> figure, left, right."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.set(xlabel=label, ylabel="compressibility (minus kB), 64 fixed pictures")
@@ -122,70 +217,96 @@ def panels(label):
 
 
 def fig4(out, quick):
-    """Fig. 4 on one of its three rewards: reward against reward queries for the four algorithms, each with the winner of the search, on a seed that the search has not seen."""
+    """Fig. 4 on one of its three rewards: reward against reward queries.
+
+    Each algorithm has the winner of the search, on a seed that the search has not seen; and RWR
+    with equal weights shows what self-training alone does.
+    """
     (figure, left, right), rows = panels("reward queries"), []
     winners = search(out, quick)[0]
-    for name, settings in {**winners, "no-preference": winners["rwr"] + " --beta 1e-9"}.items():         # RWR with equal weights: what self-training alone does
+    for name, settings in {**winners, "no-preference": winners["rwr"] + " --beta 1e-9"}.items():
         algorithm = "rwr" if name == "no-preference" else name
-        more = length(algorithm, settings, quick, f"--eval-every {max(1, 128 // per_epoch(settings))}")
-        folder = run(out / "fig4" / name, f"{COMMON} --algorithm {algorithm} {settings} --seed 1 {more}")
-        epochs, reward, right_share = evaluations(folder)
-        queries = [epoch * lines_of(folder)[0]["reward_queries"] for epoch in epochs]
+        often = f"--eval-every {max(1, 128 // per_epoch(settings))}"
+        how_long = length(algorithm, settings, quick, often)
+        arguments = f"{COMMON} --algorithm {algorithm} {settings} --seed 1 {how_long}"
+        folder = run(out / "fig4" / name, arguments)
+        lines, (epochs, reward, right_share) = lines_of(folder), evaluations(folder)
+        queries = [epoch * lines[0]["reward_queries"] for epoch in epochs]
         left.plot(queries, reward, "o-", label=name)
         right.plot(queries, right_share, "o-", label=name)
-        sd, se, before, after = judged(folder)
-        seconds = sum(value for line in lines_of(folder) for name, value in line.items() if name.startswith("seconds"))
-        rows.append([name, f"`{settings}`", queries[-1], f"{reward[0]:.3f} → {reward[-1]:.3f}", f"{sd:+.2f}", f"{se:.1f}", f"{before:.0%} → {after:.0%}", f"{seconds:.0f}"])
+        seconds = sum(line[part] for line in lines for part in line if part.startswith("seconds"))
+        gain = f"{reward[0]:.3f} → {reward[-1]:.3f}"
+        texts = [gain, *outcome(folder).texts(), f"{seconds:.0f}"]
+        rows.append([name, f"`{settings}`", queries[-1], *texts])
     left.legend()
-    return figure, table(["algorithm", "settings", "queries", "reward, fixed pictures", "gain, sd of the base", "paired s.e.", "judge", "seconds"], rows)
+    header = ["algorithm", "settings", "queries", "reward, fixed pictures", *GAINS, "seconds"]
+    return figure, table(header, rows)
 
 
 def fig10(out, quick):
-    """Fig. 10: RWR-sparse with and without CFG training, round by round; sampling is guided in both."""
+    """Fig. 10: RWR-sparse with and without CFG training; sampling is guided in both."""
     (figure, left, right), rows = panels("rounds"), []
-    settings = search(out, quick)[0]["rwr-sparse"]
+    settings = search(out, quick, ["rwr-sparse"])[0]["rwr-sparse"]
+    queries = 5 * per_epoch(settings)
+    how_long = length("rwr-sparse", settings, quick, "--eval-every 1", queries)
     for name, flag in (("with CFG training", ""), ("without", "--no-cfg-training")):
-        more = length("rwr-sparse", settings, quick, "--eval-every 1", queries=5 * per_epoch(settings))
-        rounds, reward, right_share = evaluations(run(out / "fig10" / name.replace(" ", "-"), f"{COMMON} --algorithm rwr-sparse {settings} {flag} --seed 1 {more}"))
+        arguments = f"{COMMON} --algorithm rwr-sparse {settings} {flag} --seed 1 {how_long}"
+        folder = run(out / "fig10" / name.replace(" ", "-"), arguments)
+        rounds, reward, right_share = evaluations(folder)
         left.plot(rounds, reward, "o-", label=name)
         right.plot(rounds, right_share, "o-", label=name)
-        rows += [[name, "reward", *(f"{r:.3f}" for r in reward)], [name, "judge", *(f"{j:.0%}" for j in right_share)]]
+        rows.append([name, "reward", *[f"{r:.3f}" for r in reward]])
+        rows.append([name, "judge", *[f"{share:.0%}" for share in right_share]])
     left.legend()
-    return figure, table(["RWR-sparse", "fixed pictures", "base", *(f"round {n}" for n in rounds[1:])], rows)
+    header = ["RWR-sparse", "fixed pictures", "base", *[f"round {n}" for n in rounds[1:]]]
+    return figure, table(header, rows)
 
 
-EXPERIMENTS = {"search": lambda out, quick: (None, search(out, quick)[1]), "fig4": fig4, "fig10": fig10}
+EXPERIMENTS = {"search": only_search, "fig4": fig4, "fig10": fig10}
 
 
 def write(name, figure, text, quick, out):
-    """The table into experiments.md, between its marks, and the picture beside it; of a smoke run only the picture, into its own folder."""
+    """The table into experiments.md, between its marks, and the picture beside it.
+
+    Of a smoke run only the picture, into the runs' folder.
+    """
     if figure:
-        figure.savefig((out if quick else Path(__file__).parent) / f"{name}.png")
+        figure.savefig((out if quick else HERE) / f"{name}.png")
     print(f"\n{name}\n{text}", flush=True)
-    page, begin, end = Path(__file__).with_suffix(".md"), f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-    if not quick:
-        before, found, rest = page.read_text().partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (found and closed):
-            raise SystemExit(f"{page} has lost its marks {begin.strip()} and {end.strip()}: put them back")
-        page.write_text(f"{before}{begin}{text}\n{end}{after}")
+    if quick:
+        return
+    page, begin, end = HERE / "experiments.md", f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(
+            f"{page} has lost its marks {begin.strip()} and {end.strip()}: put them back"
+        )
+    page.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="The paper's experiments on the zoo.")
-    parser.add_argument("experiments", nargs="*", metavar="experiment", help=f"which (default: all): {', '.join(EXPERIMENTS)}")
-    parser.add_argument("--quick", action="store_true", help="a smoke run of two epochs a cell, in runs/quick, that leaves experiments.md alone")
+    which = f"which of {', '.join(EXPERIMENTS)} (default: all)"
+    parser.add_argument("experiments", nargs="*", metavar="experiment", help=which)
+    quick = "a smoke run of two epochs a cell, in runs/quick, that leaves experiments.md alone"
+    parser.add_argument("--quick", action="store_true", help=quick)
+    runs = "the folder in which experiments/ or quick/ lies [%(default)s]"
+    parser.add_argument("--runs", type=Path, default=HERE.parent / "runs", help=runs)
     given = parser.parse_args(argv)
-    if unknown := set(given.experiments) - set(EXPERIMENTS):
+    unknown = [name for name in given.experiments if name not in EXPERIMENTS]
+    if unknown:
         parser.error(f"{', '.join(unknown)}: there are {', '.join(EXPERIMENTS)}")
-    out = ROOT / "runs" / ("quick" if given.quick else "experiments")
+    out = given.runs / ("quick" if given.quick else "experiments")
     if given.quick:
-        shutil.rmtree(out, ignore_errors=True)          # nothing is skipped
+        shutil.rmtree(out, ignore_errors=True)  # nothing is skipped
     try:
         for name in given.experiments or EXPERIMENTS:
             write(name, *EXPERIMENTS[name](out, given.quick), given.quick, out)
-    except (KeyboardInterrupt, ValueError) as error:
-        raise SystemExit(f"experiments.py: {error or 'stopped; the same command goes on'}") from None
+    except train.UserError as error:
+        raise SystemExit(f"experiments.py: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("experiments.py: stopped; the same command goes on") from None
 
 
 if __name__ == "__main__":
