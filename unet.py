@@ -456,27 +456,42 @@ def attends(config, way, levels):
 def load(cls, folder, dtype=torch.float32):
     """A `UNet` or `VAE` of `dtype` from a folder in the diffusers layout. Raises UserError."""
     config_path, path = Path(folder) / "config.json", Path(folder) / WEIGHTS
-    for file in (config_path, path):
-        what = f"not the folder of a {cls.__name__} in the diffusers layout (safetensors)"
-        require(file.is_file(), f"{file} is missing: {what}")
+    what = f"the config of a {cls.__name__} of Stable Diffusion v1.x"
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except (OSError, RecursionError, ValueError) as error:
-        raise UserError(f"{config_path} is not JSON: {one_line(error)}") from None
+        raise UserError(f"{config_path} cannot be read as {what}: {one_line(error)}") from None
     try:
         with torch.device("meta"):  # no memory before the weights are seen to fit
             net = cls(config)
     except UserError as error:
-        what = f"the config of a {cls.__name__} of Stable Diffusion v1.x"
         raise UserError(f"{config_path} is not {what}: {error}") from None
+    weights = read_tensors(path, dtype)
+    for old, new in RENAMED.items():
+        weights = {name.replace(f".{old}.", f".{new}."): w for name, w in weights.items()}
     try:
-        weights = {name: w.to(dtype, copy=True) for name, w in load_file(path).items()}
-        for old, new in RENAMED.items():
-            weights = {name.replace(f".{old}.", f".{new}."): w for name, w in weights.items()}
         net.load_state_dict(weights, assign=True)
-    except (SafetensorError, RuntimeError) as error:
+    except RuntimeError as error:
         raise UserError(f"{path} does not fit {config_path}: {one_line(error)}") from None
     return net
+
+
+def read_tensors(path, dtype):
+    """The finite numbers of a safetensors file as `dtype` -> {name: tensor}. Raises UserError."""
+    try:
+        open(path, "rb").close()  # safetensors says "No such file" of any that it cannot open
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {one_line(error)}") from None
+    for name, tensor in tensors.items():
+        require(
+            tensor.is_floating_point(), f"{path}: {name} is of {tensor.dtype}, not a float type"
+        )
+        tensors[name] = tensor.to(dtype, copy=True)
+        # the sum, for isfinite of each number takes memory; in float32, which sums can't overflow
+        finite = tensors[name].sum(dtype=torch.float32).isfinite()
+        require(finite, f"{path}: {name} holds NaN or infinity (as {dtype})")
+    return tensors
 
 
 def one_line(error):
@@ -607,7 +622,7 @@ def save_lora(net, folder):
 def load_lora(net, folder):
     """What `save_lora` wrote, into a network with a LoRA of the same rank. Raises UserError."""
     path = Path(folder) / LORA
-    weights, own = load_file(path), lora_weights(net)
+    weights, own = read_tensors(path, torch.float32), lora_weights(net)
     require(
         {name: w.shape for name, w in weights.items()}
         == {name: w.shape for name, w in own.items()},

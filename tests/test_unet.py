@@ -11,7 +11,10 @@ import math
 import os
 import resource
 import shutil
+import tempfile
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -540,21 +543,41 @@ def remove(name):
     return fault
 
 
-def truncate(folder):
-    path = folder / unet.WEIGHTS
-    path.write_bytes(path.read_bytes()[:-100])
+def folder_for(name):
+    def fault(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return fault
+
+
+def truncate(length):
+    def fault(folder):
+        path = folder / unet.WEIGHTS
+        path.write_bytes(path.read_bytes()[:length])
+
+    return fault
+
+
+def more(folder):
+    with (folder / unet.WEIGHTS).open("ab") as file:
+        file.write(b"\0" * 64)
 
 
 CONFIG, WEIGHTS = "config.json", unet.WEIGHTS
+NO_CONFIG = f"{CONFIG} cannot be read as the config of a UNet of Stable Diffusion v1.x"
+NO_WEIGHTS = f"{WEIGHTS} cannot be read as safetensors"
 NOT_A_CONFIG = f"{CONFIG} is not the config of a UNet"
 FAULTS = {  # what is done to the folder, and what the message must say, the file above all
-    "no folder": (shutil.rmtree, f"{CONFIG} is missing"),
-    "no config": (remove(CONFIG), f"{CONFIG} is missing"),
-    "no weights": (remove(WEIGHTS), f"{WEIGHTS} is missing"),
-    "config is not JSON": (put(CONFIG, b"{not json"), f"{CONFIG} is not JSON"),
-    "config is empty": (put(CONFIG, b""), f"{CONFIG} is not JSON"),
-    "config is not text": (put(CONFIG, b"\xff\xfe\x00"), f"{CONFIG} is not JSON"),
-    "config is nested too deeply": (put(CONFIG, b"[" * 10**5), f"{CONFIG} is not JSON"),
+    "no folder": (shutil.rmtree, f"{NO_CONFIG}: .*No such file"),
+    "no config": (remove(CONFIG), f"{NO_CONFIG}: .*No such file"),
+    "no weights": (remove(WEIGHTS), f"{NO_WEIGHTS}: .*No such file"),
+    "a folder for a config": (folder_for(CONFIG), f"{NO_CONFIG}: .*Is a directory"),
+    "a folder for weights": (folder_for(WEIGHTS), f"{NO_WEIGHTS}: .*Is a directory"),
+    "config is not JSON": (put(CONFIG, b"{not json"), NO_CONFIG),
+    "config is empty": (put(CONFIG, b""), NO_CONFIG),
+    "config is not text": (put(CONFIG, b"\xff\xfe\x00"), NO_CONFIG),
+    "config is nested too deeply": (put(CONFIG, b"[" * 10**5), NO_CONFIG),
     "config is a list": (put(CONFIG, b"[]"), f"{NOT_A_CONFIG}.*not a JSON object"),
     "config of another size": (
         edit_config(block_out_channels=[8, 32]),
@@ -572,8 +595,22 @@ FAULTS = {  # what is done to the folder, and what the message must say, the fil
         edit_weights(lambda weights: weights.update({"conv_out.bias": torch.zeros(5)})),
         f"{WEIGHTS} does not fit .*conv_out.bias",
     ),
-    "truncated weights": (truncate, WEIGHTS),
-    "empty weights": (put(WEIGHTS, b""), WEIGHTS),
+    "weights cut short": (truncate(-100), NO_WEIGHTS),
+    "weights cut in the header": (truncate(1000), NO_WEIGHTS),
+    "weights with more behind them": (more, NO_WEIGHTS),
+    "empty weights": (put(WEIGHTS, b""), NO_WEIGHTS),
+    "weights in another format": (put(WEIGHTS, b"PK\x03\x04" * 1000), NO_WEIGHTS),
+    "a pointer to a large file": (put(WEIGHTS, b"version https://git-lfs.git"), NO_WEIGHTS),
+    "a page of errors": (put(WEIGHTS, b"<html>" + b"\n" * 9000), NO_WEIGHTS),
+    "no tensors": (put(WEIGHTS, b"\x02" + b"\0" * 7 + b"{}"), f"{WEIGHTS} does not fit .*Missing"),
+    "weights in whole numbers": (
+        edit_weights(lambda weights: weights.update({"conv_out.bias": torch.ones(4).int()})),
+        f"{WEIGHTS}: conv_out.bias is of torch.int32, not a float type",
+    ),
+    "complex weights": (
+        edit_weights(lambda weights: weights.update({"conv_out.bias": torch.ones(4) * 1j})),
+        f"{WEIGHTS}: conv_out.bias is of torch.complex64, not a float type",
+    ),
 }
 
 
@@ -592,6 +629,81 @@ def test_a_broken_folder_is_refused_in_one_line_that_names_the_file(fault, words
     write(UNet2DConditionModel, UNETS["2 levels, 1 layer"], folder)
     fault(folder)
     assert_refused(words, unet.load, unet.UNet, folder)
+
+
+@contextmanager
+def nobody():
+    """As a user whom the permissions of files bind, which root is not."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "."])
+def test_a_file_that_may_not_be_read_is_refused_as_such(name):
+    with tempfile.TemporaryDirectory() as home:
+        os.chmod(home, 0o755)  # unlike pytest's tmp_path
+        folder = Path(home, "vae")
+        unet.save(unet.VAE(VAES["2 levels, 1 layer"]), folder)
+        (folder / name).chmod(0)
+        file = WEIGHTS if name == WEIGHTS else CONFIG
+        words = f"{file} cannot be read .*Permission denied"
+        with nobody():
+            assert_refused(words, unet.load, unet.VAE, folder)
+        folder.chmod(0o755)
+
+
+NUMBERS = [float("nan"), float("inf"), float("-inf")]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("cls, configs", [(unet.UNet, UNETS), (unet.VAE, VAES)])
+def test_a_weight_that_is_no_number_is_refused_by_its_name(cls, configs, dtype, number, tmp_path):
+    net = cls(configs["2 levels, 1 layer"])
+    name = "conv_out.weight" if cls is unet.UNet else "decoder.conv_out.weight"
+    weight = net.state_dict()[name]
+    weight[1, 2, 0, 1] = number
+    unet.save(net, tmp_path, dtype)
+    words = rf"{WEIGHTS}: {name} holds NaN or infinity"
+    assert_refused(words, unet.load, cls, tmp_path)
+    weight[1, 2, 0, 1] = 6e4  # near the end of float16, whose sums would pass it
+    weight[1, 2, 0, 2] = 6e4
+    unet.save(net, tmp_path, dtype)
+    loaded = unet.load(cls, tmp_path, dtype).state_dict()[name]
+    assert torch.equal(loaded, weight.to(dtype))
+
+
+def test_weights_too_large_for_the_type_that_is_asked_for_are_refused(tmp_path):
+    net = unet.VAE(VAES["2 levels, 1 layer"])
+    net.quant_conv.bias.data[3] = 7e4
+    unet.save(net, tmp_path)
+    words = rf"{WEIGHTS}: quant_conv.bias holds NaN or infinity \(as torch.float16\)"
+    assert_refused(words, unet.load, unet.VAE, tmp_path, torch.float16)
+    assert unet.load(unet.VAE, tmp_path, torch.bfloat16).quant_conv.bias[3].item() > 6e4
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04" * 99])
+def test_a_lora_file_that_cannot_be_read_is_refused(content, tmp_path):
+    if content is not None:
+        (tmp_path / unet.LORA).write_bytes(content)
+    net, _ = lora_pair()
+    assert_refused(f"{unet.LORA} cannot be read as safetensors", unet.load_lora, net, tmp_path)
+
+
+def test_a_lora_with_a_nan_is_refused_and_nothing_is_changed(tmp_path):
+    net, _ = lora_pair()
+    before = copy.deepcopy(net.state_dict())
+    name, weight = list(unet.lora_weights(net).items())[-1]
+    weight[0, 0] = math.nan
+    unet.save_lora(net, tmp_path)
+    net.load_state_dict(before)
+    assert_refused(f"{unet.LORA}: {name} holds NaN or infinity", unet.load_lora, net, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
 GONE = object()  # a field that the config lacks
