@@ -488,10 +488,15 @@ def read_tensors(path, dtype):
             tensor.is_floating_point(), f"{path}: {name} is of {tensor.dtype}, not a float type"
         )
         tensors[name] = tensor.to(dtype, copy=True)
-        # the sum, for isfinite of each number takes memory; in float32, which sums can't overflow
-        finite = tensors[name].sum(dtype=torch.float32).isfinite()
-        require(finite, f"{path}: {name} holds NaN or infinity (as {dtype})")
+        require_finite(f"{path}: {name}", tensors[name])
     return tensors
+
+
+def require_finite(name, tensor):
+    """Raise UserError if there is a NaN or an infinity in a tensor."""
+    # the sum, for isfinite of each number takes memory; in float32, which sums can't overflow
+    finite = tensor.sum(dtype=torch.float32).isfinite()
+    require(finite, f"{name} holds NaN or infinity (as {tensor.dtype})")
 
 
 def one_line(error):
@@ -521,7 +526,7 @@ def save_tensors(tensors, path, dtype=None):
 
 def locate(model, flag="--model", files=STABLE_DIFFUSION):
     """The folder of a model: one on disk as it is, or `files` of a hub id. Raises UserError."""
-    if Path(model).is_dir():
+    if os.path.isdir(model):
         return Path(model)
     from huggingface_hub import snapshot_download
 
@@ -538,7 +543,8 @@ def locate(model, flag="--model", files=STABLE_DIFFUSION):
 def loading(flag, name, cls, folder, **options):
     """transformers' `cls` from a folder, quietly; networks need a `dtype`. Raises UserError.
 
-    Missing weights are an error too: transformers would put random numbers in their place.
+    Missing weights are an error too, and an empty folder for a tokenizer: transformers would make
+    up random numbers, and a tokenizer that knows no word.
     """
     from transformers.utils import logging
 
@@ -547,16 +553,24 @@ def loading(flag, name, cls, folder, **options):
     options = {"local_files_only": True, "trust_remote_code": False, **options}
     refusal = f"{flag} {name}: no {cls.__name__} in it"
     try:
-        if "dtype" not in options:
-            return cls.from_pretrained(folder, **options)
-        net, found = cls.from_pretrained(folder, output_loading_info=True, **options)
+        if "dtype" in options:
+            net, found = cls.from_pretrained(folder, output_loading_info=True, **options)
+        else:
+            processor = cls.from_pretrained(folder, **options)
     except Exception as error:
         kind, text = type(error).__name__, one_line(error)[:160]
         raise UserError(f"{refusal} ({kind}: {text})") from None
+    if "dtype" not in options:
+        tokenizer = getattr(processor, "tokenizer", processor)
+        special = set(getattr(tokenizer, "all_special_tokens", []))
+        known = tokenizer.get_vocab() if special else {"": 0}
+        require(known.keys() - special, f"{refusal}: its vocabulary is empty")
+        return processor
     # a pooler is not used here, and many files have none
     lost = [key for key in found["missing_keys"] if "pooler" not in key]
-    if lost:
-        raise UserError(f"{refusal}: its weights lack {len(lost)} tensors, such as {lost[0]}")
+    require(not lost, f"{refusal}: its weights lack {', '.join(lost[:3])}")
+    for key, tensor in net.named_parameters():
+        require_finite(f"{flag} {name}: {key}", tensor)
     return net.eval()
 
 

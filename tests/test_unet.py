@@ -26,7 +26,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    CLIPImageProcessorPil,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
 
 import unet
 from scheduler import UserError
@@ -898,7 +905,7 @@ def test_loading_refuses_weights_that_lack_a_tensor_but_for_a_pooler(zoo, tmp_pa
     def call():
         unet.loading("--model", "mine", CLIPTextModel, folder, dtype=torch.float32)
 
-    assert_refused(rf"^--model mine: no CLIPTextModel in it: .* lack 1 tensors.*{lost[-10:]}", call)
+    assert_refused(rf"^--model mine: no CLIPTextModel in it: its weights lack .*{lost[-20:]}", call)
 
 
 def test_loading_wants_no_pooler(tmp_path):
@@ -929,6 +936,31 @@ def test_loading_makes_any_failure_one_line(content, tmp_path):
         unet.loading("--clip", "mine", CLIPTextModel, tmp_path, dtype=torch.float32)
 
     assert_refused(r"^--clip mine: no CLIPTextModel in it \(\w+: ", call)
+
+
+@pytest.mark.parametrize("cls", [CLIPTokenizer, AutoTokenizer, CLIPImageProcessorPil])
+@pytest.mark.parametrize("folder", [".", "none"])
+def test_a_folder_without_a_tokenizer_is_no_tokenizer_without_words(cls, folder, tmp_path):
+    """transformers makes one of CLIP's that takes every word for <|endoftext|>."""
+
+    def call():
+        unet.loading("--model", "mine", cls, tmp_path / folder)
+
+    assert_refused(f"^--model mine: no {cls.__name__} in it", call)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_transformers_reads_must_be_numbers(number, zoo, tmp_path):
+    folder = shutil.copytree(zoo / "text_encoder", tmp_path / "text_encoder")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "mlp.fc1.weight" in name)
+    weights[name][2, 3] = number
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def call():
+        unet.loading("--model", "mine", CLIPTextModel, folder, dtype=torch.float32)
+
+    assert_refused(rf"^--model mine: .*{name[-20:]} holds NaN or infinity", call)
 
 
 def test_locate_takes_a_folder_as_it_is_and_asks_the_hub_for_what_a_model_needs(
@@ -965,7 +997,7 @@ def test_locate_takes_a_folder_as_it_is_and_asks_the_hub_for_what_a_model_needs(
     assert unet.locate("owner/name") == tmp_path / "cache"
 
 
-@pytest.mark.parametrize("model", ["owner/name", "no such folder"])
+@pytest.mark.parametrize("model", ["owner/name", "no such folder", "", "a" * 5000, "nul\0"])
 def test_what_neither_disk_nor_hub_has_is_refused_with_the_way_to_get_it(model):
     words = rf"^--clip {model}: neither a folder .*`hf download {model} --local-dir FOLDER`"
     with pytest.raises(UserError, match=words) as caught:
