@@ -111,7 +111,7 @@ class BarePolicy:
         self.embedded = []
 
     def embed(self, prompts):
-        self.embedded.append(list(prompts))
+        self.embedded.extend(prompts)
         return torch.stack([self.embeds[prompt] for prompt in prompts])
 
     def uncond(self):

@@ -60,8 +60,9 @@ def regress(policy, optimizer, weights, prompts, micro_batch=3, limit=math.inf, 
 def by_hand(policy, optimizer, weights, prompts, updates, guidance, batch):
     """The same training written down from the text of Sec. 4.2 and App. E.1 -> losses.
 
-    With diffusers' forward process, and guidance by two separate passes.
+    With diffusers' forward process, guidance by two separate passes, weights that average 1.
     """
+    weights = weights / sum(weights) * sum(weights > 0)
     noising = diffusers.DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear", clip_sample=False)
     x_0, rng, losses = samples(len(weights)), np.random.default_rng(NAME), []
     order = []
@@ -137,6 +138,19 @@ def test_sparse_weights_by_hand():
     assert ddpo.sparse_weights(few, torch.arange(10.0), 0).tolist() == [1] * 10
 
 
+@pytest.mark.parametrize(
+    "count, percentile, warned", [(2, 0.9, "50%"), (10, 0.9, ""), (4, 0.5, "")]
+)
+def test_sparse_weights_that_keep_more_than_twice_what_was_asked_say_so(
+    count, percentile, warned, capsys
+):
+    algorithm = learner(cls=RWRSparse, percentile=percentile)
+    weights = algorithm.weights(["a"] * count + ["b"] * count, torch.arange(2.0 * count))
+    said = capsys.readouterr().out
+    assert bool(said) == bool(warned) and warned in said and said.count("\n") == len(warned[:1])
+    assert weights.mean().item() == pytest.approx(1 / 2 if count < 10 else 1 / 10)
+
+
 def test_denoising_loss_by_hand():
     eps = torch.zeros(2, 1, 2, 2, requires_grad=True)
     noise = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]], [[[2.0, 2.0], [2.0, 2.0]]]])
@@ -166,7 +180,7 @@ def test_a_batch_is_rows_of_x_t_timesteps_prompts_noise_and_weights():
     # samples that can be told apart from x_t and noise; rows differ, so do weights and prompts
     x_0, prompts = samples(), [*PROMPTS, "a cow"]
     policy.embeds["a cow"] = normal(7, 16, seed=9)
-    weights = torch.tensor([0.5, 2.0, 0.0, 1.0, 1.5])
+    weights = torch.tensor([0.5, 1.25, 0.0, 0.75, 1.5])  # those above 0 average 1
     algorithm, drawn = learner(updates=50, batch=8), []
     batches = list(algorithm.batches(policy, records(x_0), prompts, weights, NAME))
     assert len(batches) == 50
@@ -180,6 +194,25 @@ def test_a_batch_is_rows_of_x_t_timesteps_prompts_noise_and_weights():
         torch.testing.assert_close(x_t, noising.add_noise(x_0[which], noise, t))
         drawn += t.tolist()
     assert 0 <= min(drawn) < 30 and 970 < max(drawn) < 1000 and len(set(drawn)) > 250
+
+
+def row_weights(weights):
+    """The weights in an epoch's batches, every sample drawn once, in order."""
+    weights = torch.as_tensor(weights)
+    algorithm, n = learner(updates=1, batch=int((weights > 0).sum())), len(weights)
+    kept = records(samples(n), (2, n - 2))
+    [batch] = algorithm.batches(bare_policy(), kept, ["a cat"] * n, weights, NAME)
+    return sorted(batch[:][4].tolist())
+
+
+def test_weights_average_1_over_what_is_drawn_although_some_underflow():
+    rewards = torch.tensor([0.0, -1e4, -2e4, -1e5, 3.0, 3.0, 3.0, 3.0], dtype=torch.float64)
+    weights = learner(beta=1.0).weights(["a cat"] * 4 + ["a dog"] * 4, rewards)
+    assert weights.tolist() == pytest.approx([4, 0, 0, 0, 1, 1, 1, 1])
+    assert weights.dtype == torch.float32
+    assert row_weights(weights[:4]) == pytest.approx([1])  # and not 4
+    assert row_weights(weights) == pytest.approx([0.625] * 4 + [2.5])
+    assert row_weights([0.5, 1.5, 1.0]) == [0.5, 1.0, 1.5]
 
 
 def test_a_slice_of_a_batch_is_what_the_losses_take():
@@ -198,6 +231,7 @@ def test_nothing_is_carried_from_epoch_to_epoch(cls):
     assert json.loads(json.dumps(algorithm.state_dict())) == {}
     assert algorithm.load_state_dict({}) is None and algorithm.setup(bare_policy()) is None
     assert algorithm.metrics({"loss": torch.zeros(4)}) == {}
+    assert cls.fresh_optimizer  # nor are Adam's moments
     before = copy.copy(settings)
     cls.settle(settings, {"updates": 3})
     assert settings == before
@@ -247,7 +281,7 @@ def test_every_sample_comes_once_before_any_comes_again_and_those_of_weight_0_ne
     kept = records(samples(8), (5, 3))
     for _ in learner().batches(policy, kept, list("01234567"), weights, NAME):
         pass
-    drawn = [prompt for prompts in policy.embedded for prompt in prompts]
+    drawn = policy.embedded
     assert len(drawn) == 12
     assert sorted(drawn[:6]) == sorted(drawn[6:]) == list("023567")
     assert drawn[:6] != drawn[6:]
@@ -310,6 +344,7 @@ def run(epochs, **changes):
         "first_ratio_error": 1e-6,
         "loss": -0.1,
         "reward_mean": 5.0,
+        "reward_std": 0.5,
         "diversity": None,
     }
     lines = [{"epoch": epoch, **line} for epoch in range(epochs)]
@@ -334,6 +369,7 @@ FAILING = [
     ({"first_ratio_error": 2e-5}, "ratio", "off 1 by 2.0e-05"),
     ({"grad_norm": 4.1}, "gradient", "4.1, is over 10 times what it was (0.4)"),
     ({"eval_diversity": 0.14, "eval_reward_mean": 5.6}, "diversity", "0.30 -> 0.14"),
+    ({"reward_std": 0.0}, "spread", "all rewards of the epoch are alike"),
 ]
 
 
@@ -405,5 +441,7 @@ def test_three_epochs_of_clipping_nothing_or_everything(fraction, words, share):
     message = ddpo.alarms(lines, updates=4)["clipping"]
     assert words in message and message.startswith(share)
     assert ddpo.alarms(lines, updates=1) == {} and ddpo.alarms(lines[-2:], updates=4) == {}
+    # nothing to learn from: no advice about the learning rate
+    assert list(ddpo.alarms([*lines, {**lines[-1], "reward_std": 0.0}], updates=4)) == ["spread"]
     lines[-3]["clip_fraction"] = 0.4
     assert ddpo.alarms(lines, updates=4) == {}  # on average of the three

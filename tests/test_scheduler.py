@@ -501,7 +501,10 @@ FAULTS = {  # what the config holds, what the message must say
     "beta of 0": ({**SD, "beta_start": 0}, "beta_start = 0"),
     "beta of 1": ({**SD, "beta_end": 1}, "beta_end = 1"),
     "beta not a number": ({**SD, "beta_end": math.nan}, "beta_end = nan"),
-    "falling betas": ({**SD, "beta_end": 0.0001}, "beta_start <= beta_end"),
+    "falling betas": (
+        {**SD, "beta_end": 0.0001},
+        "beta_end = 0.0001; needed: 0 < start <= end < 1",
+    ),
     "no timesteps": ({**SD, "num_train_timesteps": 0}, "num_train_timesteps = 0"),
     "half a timestep": ({**SD, "num_train_timesteps": 10.5}, "num_train_timesteps = 10.5"),
     "yes to timesteps": ({**SD, "num_train_timesteps": True}, "num_train_timesteps = True"),
