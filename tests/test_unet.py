@@ -612,11 +612,11 @@ FAULTS = {  # what is done to the folder, and what the message must say, the fil
     "no tensors": (put(WEIGHTS, b"\x02" + b"\0" * 7 + b"{}"), f"{WEIGHTS} does not fit .*Missing"),
     "weights in whole numbers": (
         edit_weights(lambda weights: weights.update({"conv_out.bias": torch.ones(4).int()})),
-        f"{WEIGHTS}: conv_out.bias is of torch.int32, not a float type",
+        f"{WEIGHTS}: conv_out.bias is torch.int32, not a float type",
     ),
     "complex weights": (
         edit_weights(lambda weights: weights.update({"conv_out.bias": torch.ones(4) * 1j})),
-        f"{WEIGHTS}: conv_out.bias is of torch.complex64, not a float type",
+        f"{WEIGHTS}: conv_out.bias is torch.complex64, not a float type",
     ),
 }
 
@@ -767,7 +767,6 @@ NO_VAE = [
     *[("norm_num_groups", value, "norm_num_groups = ") for value in (None, 0, [4], 3)],
     *[("scaling_factor", value, "scaling_factor = ") for value in (None, 0, -1.0, True, "0.18215")],
     *[("scaling_factor", value, "scaling_factor = ") for value in (math.nan, math.inf, 10**400)],
-    ("use_quant_conv", False, "use_quant_conv = False; only True"),
     ("shift_factor", 0.1, "shift_factor = 0.1; SD v1.x has none"),
     ("latents_mean", [0.1], r"latents_mean = \[0.1\]; SD v1.x has none"),
 ]
@@ -810,6 +809,14 @@ def test_fields_that_say_the_same_as_sd_v1_or_nothing_are_taken(small):
         net = unet.load(cls, folder)
         assert net.config["in_channels"] == config["in_channels"]
         works(net)
+
+
+@pytest.mark.parametrize(
+    "field, value", [("use_quant_conv", False), ("use_post_quant_conv", False)]
+)
+def test_what_a_vae_has_not_shows_in_its_weights(field, value, tmp_path):
+    write(AutoencoderKL, vae_config([8, 16], 1, **{field: value}), tmp_path)
+    assert_refused(f"{WEIGHTS} does not fit .*quant_conv", unet.load, unet.VAE, tmp_path)
 
 
 def works(net):
