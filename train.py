@@ -3,7 +3,6 @@
 The paper's loop (Sec. 4, App. D): draw prompts, sample pictures with the present policy, reward
 them, weigh them prompt by prompt, take some optimizer steps. `one_epoch` is that loop, and what it
 calls follows; then settings, evaluation, checkpoints and pictures. The mathematics is in ddpo.py.
-
 `torchrun --nproc-per-node 8 train.py ...` runs this program once a GPU: each process has its share
 of the samples, the first one writes.
 
@@ -34,21 +33,10 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import ddpo
+import unet
 from ddpo import ALGORITHMS, gather, share
 from rewards import REWARDS, checked, clip_embedder, diversity, load_object, make_reward
 from scheduler import NoiseSchedule, Sampler, UserError, require
-from unet import (
-    VAE,
-    UNet,
-    add_lora,
-    load,
-    load_lora,
-    loading,
-    locate,
-    save,
-    save_lora,
-    save_tensors,
-)
 
 HERE = Path(__file__).parent
 ZOO = HERE / "tutorial" / "zoo" / "stable-diffusion"
@@ -59,13 +47,15 @@ EVALUATION = 2**31  # stands for the epoch in the names of the fixed evaluation 
 
 def one_epoch(run, epoch):
     """Sample, reward, weigh, update: one round of the paper's loop -> metrics."""
-    clock = [time.time()]
-    prompts = prompts_of_epoch(run, epoch)
+    c, clock = run.config, [time.time()]
+    rng = np.random.default_rng([c.seed, epoch])
+    prompts = draw_prompts(run.prompts, c.samples_per_epoch, c.samples_per_prompt, rng)
     records, images = roll_out(run, prompts, epoch)
     clock.append(time.time())
 
     rewards = score(run, images, prompts, epoch)
-    observed = observe(run, rewards, images, prompts)
+    observed = {"reward_mean": rewards.mean(), "reward_std": rewards.std()}
+    observed["diversity"] = spread(run, images, prompts)
     del images  # 7.9 GB in a round of RWR on SD v1.4
     clock.append(time.time())
 
@@ -75,13 +65,6 @@ def one_epoch(run, epoch):
 
     parts = ("seconds_sampling", "seconds_reward", "seconds_training")
     return {**observed, **learned, **dict(zip(parts, np.diff(clock).round(3).tolist()))}
-
-
-def prompts_of_epoch(run, epoch):
-    """The prompts of all processes' samples, drawn by the name of the epoch -> list of str."""
-    c = run.config
-    rng = np.random.default_rng([c.seed, epoch])
-    return draw_prompts(run.prompts, c.samples_per_epoch, c.samples_per_prompt, rng)
 
 
 def roll_out(run, prompts, epoch):
@@ -104,10 +87,7 @@ def draw(run, prompts, epoch, description):
 
 
 def score(run, images, prompts, epoch):
-    """The rewards of all processes' pictures, float64 (N,).
-
-    What the reward shows of this process's own, of eight an epoch, goes to descriptions.jsonl.
-    """
+    """The rewards (N,) of all pictures; what they show of eight goes to descriptions.jsonl."""
     mine = share(prompts)
     scores, shown = checked(run.reward, images, mine)
     if shown and ddpo.processes()[0] == 0:
@@ -124,38 +104,35 @@ def gathered(values):
     return gather(torch.as_tensor(values)).numpy()
 
 
-def observe(run, rewards, images, prompts):
-    """What is to be seen of an epoch's pictures and rewards -> metrics."""
-    spread = diversity(gathered(run.clip(images)), prompts) if run.clip else None
-    return {"reward_mean": rewards.mean(), "reward_std": rewards.std(), "diversity": spread}
+def spread(run, images, prompts):
+    """The diversity of all processes' pictures; None without CLIP."""
+    return diversity(gathered(run.clip(images)), prompts) if run.clip else None
 
 
 def train_epoch(run, records, prompts, weights, epoch):
     """The optimizer steps of an epoch -> their metrics, averaged; None: there are no ratios."""
-    c, policy, algorithm, optimizer = run.config, run.policy, run.algorithm, run.optimizer
+    c, algorithm, optimizer = run.config, run.algorithm, run.optimizer
     name, updates = [c.seed, epoch, 1], []
+    limits = (c.micro_batch, c.max_grad_norm, run.scaler)
     if algorithm.fresh_optimizer:
         optimizer.state.clear()
     with progress(f"epoch {epoch}: training", "update", c.updates) as bar:
-        for batch in algorithm.batches(policy, records, prompts, weights, name):
+        for batch in algorithm.batches(run.policy, records, prompts, weights, name):
             number = epoch * c.updates + len(updates) + 1
             optimizer.param_groups[0]["lr"] = c.lr * min(1, number / (c.warmup + 1))
-            limits = (c.micro_batch, c.max_grad_norm, run.scaler)
-            updates.append(ddpo.optimizer_step(policy, algorithm, optimizer, batch, *limits))
+            updates.append(ddpo.optimizer_step(run.policy, algorithm, optimizer, batch, *limits))
             bar.update()
     ratios = ("approx_kl", "clip_fraction", "clip_fraction_by_step", "first_ratio_error")
     return {**dict.fromkeys(ratios), **ddpo.averaged(updates)}
 
 
 def setting(default, help, rules="", least=None):
-    """A field of `Config` with its rules, which are words.
+    """A field of `Config`. least: the smallest number it may be; by default any above 0.
 
-    free: it may differ after --resume. user: a model's ddpo.json may not set it.
-    least: the smallest number it may be; by default any above 0.
+    rules: "free", it may differ after --resume; "user", a model's ddpo.json may not set it.
     """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "rules": rules, "least": least}
-    )
+    metadata = {"help": help, "rules": rules, "least": least}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass
@@ -164,12 +141,8 @@ class Config:
 
     reward: str = setting("aesthetic", f"{', '.join(REWARDS)}, or file.py:function", "user")
     algorithm: str = setting("ddpo-is", f"{', '.join(ALGORITHMS)}, or file.py:Class", "user")
-    set: list = setting(
-        None, "name=value: a setting of the algorithm's own; may be repeated", "user"
-    )
-    model: str = setting(
-        "auto", "auto, zoo, a hub id, or a folder in diffusers' layout", "user free"
-    )
+    set: list = setting(None, "name=value, of the algorithm's own; may be repeated", "user")
+    model: str = setting("auto", "auto, zoo, a hub id, or a diffusers folder", "user free")
     prompts: str = setting("imagenet-animals", "a named set, or a text file, one prompt a line")
 
     epochs: int = setting(50, "rounds of sampling and training", "free")
@@ -228,10 +201,7 @@ HEADINGS = {  # of --help, and the first setting below each
 }
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 PATHS = ("prompts", "metrics", "clip", "aesthetic_head", "vlm", "bert")  # "../" in a ddpo.json
-PROMPTS_OF_REWARD = {  # Sec. 6
-    "aesthetic": {"prompts": "common-animals"},
-    "alignment": {"prompts": "animal-activities"},
-}
+PROMPTS = {"aesthetic": "common-animals", "alignment": "animal-activities"}  # Sec. 6
 
 
 def flag(name):
@@ -241,10 +211,8 @@ def flag(name):
 
 def parse(argv):
     """Command line -> the options given there, as {name: value}."""
-    parser = argparse.ArgumentParser(
-        description="Fine-tune Stable Diffusion by reinforcement learning (DDPO).",
-        argument_default=argparse.SUPPRESS,
-    )
+    title = "Fine-tune Stable Diffusion by reinforcement learning (DDPO)."
+    parser = argparse.ArgumentParser(description=title, argument_default=argparse.SUPPRESS)
     kinds = {bool: {"action": "store_true"}, list: {"action": "append"}}
     for name, f in FIELDS.items():
         if name in HEADINGS:
@@ -256,42 +224,35 @@ def parse(argv):
 
 
 def model_settings(folder, given):
-    """The model's own ddpo.json: {"all": {...}, and by reward, algorithm or "lora"}.
+    """The model's ddpo.json, {"all": {...}, and by reward, algorithm or "lora"}; else {}.
 
-    {} where there is none. What `given` overrides is not looked at. Raises UserError.
+    What `given` overrides is not looked at. Raises UserError.
     """
     path, known = folder / "ddpo.json", ["all", *REWARDS, *ALGORITHMS, "lora"]
     own = read_json(path) if path.is_file() else {}
-    require(
-        isinstance(own, dict) and set(own) <= set(known) and {*map(type, own.values())} <= {dict},
-        f'{path}: needed is JSON such as {{"all": {{"steps": 20}}}}, of {", ".join(known)}',
-    )
+    fits = isinstance(own, dict) and set(own) <= set(known) and {*map(type, own.values())} <= {dict}
+    require(fits, f'{path}: needed is JSON such as {{"all": {{"lr": 0.1}}}}, of {", ".join(known)}')
     settings = [item for part in own.values() for item in part.items() if item[0] not in given]
     for name, value in settings:
-        f = FIELDS.get(name)
+        f, line = FIELDS.get(name), f"{path} sets {name} = {value!r}"
         kinds = (int, float) if f and f.type is float else (f and f.type,)
-        require(
-            type(value) in kinds and "user" not in f.metadata["rules"],
-            f"{path} sets {name} = {value!r}: no setting of a model, or not of its type",
-        )
-        require(
-            ".py:" not in str(value) or folder.resolve() == ZOO.resolve(),
-            f"{path} sets {name} = {value!r}: a model's settings may run no code; "
-            f"give {flag(name)} yourself",
-        )
+        fits = type(value) in kinds and "user" not in f.metadata["rules"]
+        require(fits, f"{line}: no setting of a model, or not of its type")
+        ours = ".py:" not in str(value) or folder.resolve() == ZOO.resolve()
+        require(ours, f"{line}: a model's settings may run no code; give {flag(name)} yourself")
     return own
 
 
 def merge(given, folder, algorithm):
     """The command line over the model's ddpo.json over the paper's numbers -> Config."""
-    own = model_settings(folder, given)
+    own, paper = model_settings(folder, given), dict(algorithm.defaults)
     reward, name = given.get("reward", Config.reward), given.get("algorithm", Config.algorithm)
-    paper = {**algorithm.defaults, **PROMPTS_OF_REWARD.get(reward, {})}
-    parts = ["all", reward, "lora", name]  # the later one wins
+    parts = ["all", reward, name]  # the later one wins
+    if reward in PROMPTS:
+        paper["prompts"] = PROMPTS[reward]
     if given.get("lora_rank"):
         paper["lr"] = 3e-4  # App. C
-    else:
-        parts.remove("lora")
+        parts.insert(2, "lora")
     layers = [paper, *[own.get(part, {}) for part in parts], given]
     return Config(**{key: value for layer in layers for key, value in layer.items()})
 
@@ -306,25 +267,16 @@ def check(config, given, algorithm):
             fits = math.isfinite(value) and (value > 0 if least is None else value >= least)
             require(fits, f"{flag(name)} {value}: must be finite and {bound}")
     algorithm.settle(c, given)
-    n, per_prompt = c.samples_per_epoch, c.samples_per_prompt
-    pictures = c.eval_samples // 2 * 2
+    n, each, fixed = c.samples_per_epoch, c.samples_per_prompt, c.eval_samples // 2 * 2
     require(c.precision in PRECISIONS, f"--precision {c.precision}: fp32, bf16 or fp16")
     require(c.eta <= 1, f"--eta {c.eta:g}: at most 1")
     require(c.percentile <= 1, f"--percentile {c.percentile:g}: from 0 (keep all) to 1 (the best)")
-    require(
-        c.min_count <= c.history_size,
-        f"--min-count {c.min_count} is more than --history-size {c.history_size}: "
-        "no prompt would ever have enough",
-    )
-    require(
-        n % per_prompt == 0,
-        f"--samples-per-epoch {n} must be a multiple of --samples-per-prompt ({per_prompt})",
-    )
-    require(
-        n % world == c.batch_size % world == pictures % world == 0,
-        f"--samples-per-epoch {n}, --batch-size {c.batch_size} and --eval-samples {pictures} "
-        f"must be multiples of the number of processes, {world}",
-    )
+    few = f"--min-count {c.min_count} is more than --history-size {c.history_size}"
+    require(c.min_count <= c.history_size, few)
+    require(n % each == 0, f"--samples-per-epoch {n}: no multiple of --samples-per-prompt ({each})")
+    sizes = f"--samples-per-epoch {n}, --batch-size {c.batch_size} and --eval-samples {fixed}"
+    fits = n % world == c.batch_size % world == fixed % world == 0
+    require(fits, f"{sizes} must be multiples of the number of processes, {world}")
 
 
 def placed(config, folder):
@@ -339,31 +291,21 @@ def placed(config, folder):
 
 def resumed(given):
     """With --resume, the settings of the run in --out, under those given now. Raises UserError."""
-    out, resume = given.get("out"), given.get("resume", False)
+    out = given.get("out")
     stored = Path(out or os.devnull) / "config.json"
-    require(
-        resume or not stored.is_file(),
-        f"--out {out} holds a run already: add --resume to go on with it, or choose another folder",
-    )
-    if not resume:
+    if not given.get("resume"):
+        require(not stored.is_file(), f"--out {out} holds a run already: add --resume to go on")
         return given
-    require(
-        stored.is_file(),
-        f"--resume needs --out FOLDER, that of the run to go on with; {out} holds no config.json",
-    )
+    require(stored.is_file(), f"--resume needs --out, the run's folder; {out} holds no config.json")
     before = read_json(stored)
-    require(
-        isinstance(before, dict) and set(before) <= set(FIELDS),
-        f"{stored} was written by another version of train.py, or by another program",
-    )
-    for name in given:
-        same = before.get(name) == given[name]
-        if ".py:" in str(given[name]):  # the file may have moved
-            same = str(before.get(name)).rpartition(":")[2] == given[name].rpartition(":")[2]
-        require(
-            same or "free" in FIELDS[name].metadata["rules"],
-            f"--resume goes on with the settings of {stored}: leave out {flag(name)}",
-        )
+    fits = isinstance(before, dict) and set(before) <= set(FIELDS)
+    require(fits, f"{stored} was written by another version of train.py, or by another program")
+    for name, value in given.items():
+        same = before.get(name) == value
+        if ".py:" in str(value):  # the file may have moved
+            same = str(before.get(name)).rpartition(":")[2] == str(value).rpartition(":")[2]
+        fits = same or "free" in FIELDS[name].metadata["rules"]
+        require(fits, f"--resume goes on with the settings of {stored}: leave out {flag(name)}")
     return {**before, **given}
 
 
@@ -381,16 +323,14 @@ def choose_device(name, option="--device"):
 
 def load_prompts(name):
     """The prompts of a named set, or of a text file, one a line -> list of str, each once."""
-    named = sorted(path.stem for path in PROMPT_SETS.glob("*.txt"))
-    path = PROMPT_SETS / f"{name}.txt" if name in named else Path(name)
+    named = {path.stem: path for path in sorted(PROMPT_SETS.glob("*.txt"))}
+    neither = f"neither a file that can be read nor one of {', '.join(named)}"
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = named.get(name, Path(name)).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
     except OSError:
-        raise UserError(
-            f"--prompts {name}: neither a file that can be read nor one of {', '.join(named)}"
-        ) from None
+        raise UserError(f"--prompts {name}: {neither}") from None
     require("\0" not in text, f"--prompts {name}: not a text file in UTF-8")
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     require(prompts, f"--prompts {name}: no prompt in it; one prompt a line")
@@ -398,10 +338,9 @@ def load_prompts(name):
 
 
 def draw_prompts(prompts, samples, repeats, rng):
-    """The prompts of an epoch's samples. The paper draws each independently: repeats = 1.
+    """The prompts of an epoch's samples, as many str. The paper: repeats = 1, independent draws.
 
-    With more, samples / repeats prompts are drawn, without repetition while there are enough, and
-    taken `repeats` times each, shuffled. rng: a numpy Generator -> list of `samples` str.
+    Else samples / repeats, distinct while there are enough, `repeats` times each, shuffled.
     """
     count = samples // repeats
     distinct = repeats > 1 and count <= len(prompts)
@@ -417,46 +356,36 @@ def spread_prompts(prompts, count):
 
 
 def load_policy(folder, device, config):
-    """A Stable Diffusion folder -> ddpo.Policy.
-
-    Trained weights are float32, frozen ones of the precision asked for.
-    """
+    """A Stable Diffusion folder -> ddpo.Policy. Frozen weights have the precision asked for."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
     dtype, rank = PRECISIONS[config.precision], config.lora_rank
     # fp32 is float32; else what stays float32 may use TF32
     torch.backends.cuda.matmul.allow_tf32 = dtype != torch.float32
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
-    unet = load(UNet, folder / "unet", dtype if rank else torch.float32)
+    net = unet.load(unet.UNet, folder / "unet", dtype if rank else torch.float32)
     if rank:
-        unet = add_lora(unet, rank, config.seed)
-    unet.gradient_checkpointing = config.grad_checkpointing
+        net = unet.add_lora(net, rank, config.seed)
+    net.gradient_checkpointing = config.grad_checkpointing
     # on a CPU channels_last makes the full-size backward pass a tenth slower
-    on_gpu = torch.channels_last if device.type == "cuda" else None
-    vae = load(VAE, folder / "vae", dtype).requires_grad_(False)
+    net = net.to(device, memory_format=torch.channels_last if device.type == "cuda" else None)
+    vae = unet.load(unet.VAE, folder / "vae", dtype).requires_grad_(False)
+    vae = vae.to(device, memory_format=torch.channels_last)
     schedule = NoiseSchedule.from_folder(folder / "scheduler").to(device)
-    encoder = loading("--model", folder, CLIPTextModel, folder / "text_encoder", dtype=dtype)
-    tokenizer = loading("--model", folder, CLIPTokenizer, folder / "tokenizer")
+    sampler = Sampler(schedule, config.steps, config.eta)
+    encoder = unet.loading("--model", folder, CLIPTextModel, folder / "text_encoder", dtype=dtype)
+    encoder = encoder.to(device).requires_grad_(False)
+    tokenizer = unet.loading("--model", folder, CLIPTokenizer, folder / "tokenizer")
     limit = encoder.config.max_position_embeddings
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit)  # absent: 1e30
-    return ddpo.Policy(
-        unet=unet.to(device, memory_format=on_gpu),
-        vae=vae.to(device, memory_format=torch.channels_last),
-        sampler=Sampler(schedule, config.steps, config.eta),
-        tokenizer=tokenizer,
-        text_encoder=encoder.to(device).requires_grad_(False),
-        device=device,
-        guidance=config.guidance,
-        dtype=dtype,
-    )
+    return ddpo.Policy(net, vae, sampler, tokenizer, encoder, device, config.guidance, dtype)
 
 
 @dataclasses.dataclass
 class Run:
     """All that a run holds."""
 
-    config: Config  # as used: paths are whole
-    stored: dict  # as written to config.json
+    config: Config
     out: Path
     policy: ddpo.Policy
     algorithm: ddpo.Algorithm
@@ -476,11 +405,10 @@ def choose_model(given, device):
     """The model to load -> its name, its folder."""
     model = given.get("model", Config.model)
     if model == "auto":
-        model, why = "zoo", "no"
-        if device.type == "cuda":
-            model, why = "CompVis/stable-diffusion-v1-4", "a"
-        print(f"model: {model}, since there is {why} CUDA GPU (others: --model)")
-    return model, ZOO if model == "zoo" else locate(model)
+        cuda = device.type == "cuda"
+        model = "CompVis/stable-diffusion-v1-4" if cuda else "zoo"
+        print(f"model: {model}, since there is {'a' if cuda else 'no'} CUDA GPU (others: --model)")
+    return model, ZOO if model == "zoo" else unet.locate(model)
 
 
 def choose_algorithm(name):
@@ -490,18 +418,15 @@ def choose_algorithm(name):
     known = ", ".join(ALGORITHMS)
     require(".py:" in name, f"--algorithm {name}: neither one of {known} nor a file.py:Class")
     algorithm = load_object(name, "--algorithm")
-    require(
-        isinstance(algorithm, type) and issubclass(algorithm, ddpo.Algorithm),
-        f"--algorithm {name}: must be a class derived from ddpo.Algorithm, or one of its children",
-    )
+    fits = isinstance(algorithm, type) and issubclass(algorithm, ddpo.Algorithm)
+    require(fits, f"--algorithm {name}: must be a class derived from ddpo.Algorithm")
     return algorithm
 
 
 def set_own(algorithm, texts):
     """--set name=value for the numbers and words among the algorithm's class attributes."""
     cls = type(algorithm)
-    names = [name for name in dir(cls) if name[0] != "_"]
-    kinds = {name: type(getattr(cls, name)) for name in names}
+    kinds = {name: type(getattr(cls, name)) for name in dir(cls) if name[0] != "_"}
     known = [name for name, kind in kinds.items() if kind in (int, float, str)]
     for text in texts or []:
         name, _, value = text.partition("=")
@@ -521,28 +446,27 @@ def prepare(given):
         sys.stdout = open(os.devnull, "w")  # one voice is enough
     model, folder = choose_model(given, device)
     algorithm = choose_algorithm(given.get("algorithm", Config.algorithm))
-    stored = merge({**given, "model": model}, folder, algorithm)
-    check(stored, given, algorithm)
-    name = f"{stored.reward.rpartition(':')[2]}-{stored.algorithm.rpartition(':')[2]}"
-    stored.out = stored.out or str(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-
-    config = placed(stored, folder)
-    if given.get("resume"):
-        prompts = read_json(Path(stored.out) / "prompts.json")["prompts"]
+    config = merge({**given, "model": model}, folder, algorithm)
+    check(config, given, algorithm)
+    name = f"{config.reward.rpartition(':')[2]}-{config.algorithm.rpartition(':')[2]}"
+    config.out = config.out or str(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    out, whole = Path(config.out), placed(config, folder)
+    if config.resume:
+        prompts = read_json(out / "prompts.json")["prompts"]
     else:
-        prompts = load_prompts(config.prompts)
+        prompts = load_prompts(whole.prompts)
+
     policy = load_policy(folder, device, config)
     warn_of_twins(prompts, policy.tokenizer)
-    algorithm = algorithm(config)
+    algorithm = algorithm(whole)
     set_own(algorithm, config.set)
     algorithm.setup(policy)
     trained = [p for p in policy.unet.parameters() if p.requires_grad]
     options = {"weight_decay": config.weight_decay, "fused": device.type == "cuda"}
     optimizer = torch.optim.AdamW(trained, config.lr, **options)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    rewards = load_rewards(config, device)
-    stored, out = dataclasses.asdict(stored), Path(stored.out)
-    return Run(config, stored, out, policy, algorithm, optimizer, scaler, prompts, *rewards)
+    rewards = load_rewards(whole, device)
+    return Run(config, out, policy, algorithm, optimizer, scaler, prompts, *rewards)
 
 
 def warn_of_twins(prompts, tokenizer):
@@ -562,11 +486,9 @@ def load_rewards(config, device):
     names = [name.strip() for name in config.metrics.split(",")]
     names = [name for name in names if name not in ("", config.reward)]
     watched = {name.rpartition(":")[2]: make_reward(name, config, device) for name in names}
-    taken = {"reward", "rewards", "prompts", "epoch"}
-    require(
-        len(watched) == len(names) and not taken & set(watched),
-        f"--metrics {config.metrics}: names must differ, also from {', '.join(sorted(taken))}",
-    )
+    taken = "epoch, prompts, reward, rewards"
+    fits = len(watched) == len(names) and not {*taken.split(", ")} & {*watched}
+    require(fits, f"--metrics {config.metrics}: names must differ, also from {taken}")
     try:
         return reward, watched, clip_embedder(config.clip, device)
     except UserError as error:
@@ -578,13 +500,11 @@ def loop(run):
     """The epochs, from the newest checkpoint on."""
     c, out, writes = run.config, run.out, ddpo.processes()[0] == 0
     start = read_checkpoint(run) if c.resume else 0
-    require(
-        start < c.epochs, f"--epochs {c.epochs}: the run in {out} has {start} behind it already"
-    )
+    require(start < c.epochs, f"--epochs {c.epochs}: the run in {out} has {start} behind it")
     if writes:
         with writing(out):
             (out / "samples").mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", run.stored)
+        write_json(out / "config.json", dataclasses.asdict(c))
         write_json(out / "prompts.json", {"prompts": run.prompts})
         for name in ("metrics.jsonl", "descriptions.jsonl"):
             write_json(out / name, read_lines(out / name, before=start))
@@ -614,12 +534,10 @@ def evaluate(run, epoch):
     """Reward the fixed prompts and noises; write the pictures and their rewards -> metrics."""
     # two pictures of each prompt, for the diversity
     prompts = 2 * spread_prompts(run.prompts, run.config.eval_samples // 2)
-    drawn = [images for _, images in draw(run, prompts, EVALUATION, "evaluating")]
-    images = np.concatenate(drawn)
-    scores = {}
+    images = np.concatenate([drawn for _, drawn in draw(run, prompts, EVALUATION, "evaluating")])
+    diverse, scores = spread(run, images, prompts), {}
     for name, reward in {"reward": run.reward, **run.watched}.items():
         scores[name] = gathered(checked(reward, images, share(prompts))[0])
-    embeds = gathered(run.clip(images)) if run.clip else None
     images = gathered(images)
     if ddpo.processes()[0]:
         return {}
@@ -630,25 +548,18 @@ def evaluate(run, epoch):
     lists = {"epoch": epoch, "prompts": prompts, "rewards": lists.pop("reward"), **lists}
     write_json(path.with_suffix(".json"), lists)
     base = np.array(read_json(path.with_name("epoch_0000.json"))["rewards"])
+    gain = scores["reward"] - base
+    error = gain.std(ddof=1) / len(base) ** 0.5
     metrics = {
         "eval_queries": epoch * run.config.samples_per_epoch,
-        "eval_diversity": diversity(embeds, prompts) if run.clip else None,
-        **gain_metrics(scores["reward"], base),
+        "eval_diversity": diverse,
+        "eval_gain_sd": gain.mean() / max(base.std(), 1e-12),  # in the base model's deviations
+        "eval_gain_t": gain.mean() / max(error, 1e-12),  # paired
     }
     for name, values in scores.items():
         metrics[f"eval_{name}_mean"] = values.mean()
         metrics[f"eval_{name}_std"] = values.std()
     return metrics
-
-
-def gain_metrics(rewards, base):
-    """The gain on the base model's rewards: in their deviations, and as a paired t value."""
-    gain = (rewards - base).mean()
-    error = (rewards - base).std(ddof=1) / len(base) ** 0.5
-    return {
-        "eval_gain_sd": gain / max(base.std(), 1e-12),
-        "eval_gain_t": gain / max(error, 1e-12),
-    }
 
 
 def grid(images):
@@ -662,23 +573,21 @@ def grid(images):
 
 
 def write_checkpoint(run, epoch):
-    """checkpoints/000012: the UNet or its LoRA, the optimizer, the rest as JSON.
-
-    Written aside, renamed when whole; the last two are kept.
-    """
+    """checkpoints/000012, written aside and renamed when whole; the last two are kept."""
     aside = run.out / "checkpoints" / f"{epoch:06d}.tmp"
     moments = run.optimizer.state_dict()["state"]
     state = {"epoch": epoch, "algorithm": run.algorithm.state_dict()}
+    state["scaler"] = run.scaler.state_dict()
     with writing(aside):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         if run.config.lora_rank:
-            save_lora(run.policy.unet, aside)
+            unet.save_lora(run.policy.unet, aside)
         else:
-            save(run.policy.unet, aside / "unet")
+            unet.save(run.policy.unet, aside / "unet")
         tensors = {f"{i}.{name}": x for i, m in moments.items() for name, x in m.items()}
-        save_tensors(tensors, aside / "optimizer.safetensors")
-        write_json(aside / "state.json", {**state, "scaler": run.scaler.state_dict()})
+        unet.save_tensors(tensors, aside / "optimizer.safetensors")
+        write_json(aside / "state.json", state)
         os.replace(aside, aside.with_suffix(""))
         for old in run.checkpoints()[:-2]:
             shutil.rmtree(old)
@@ -688,21 +597,19 @@ def read_checkpoint(run):
     """Everything back from the newest whole checkpoint -> the epochs behind it; 0: none yet."""
     if not run.checkpoints():
         return 0
-    folder, unet = run.checkpoints()[-1], run.policy.unet
+    folder, net = run.checkpoints()[-1], run.policy.unet
     try:
         if run.config.lora_rank:
-            load_lora(unet, folder)
+            unet.load_lora(net, folder)
         else:
-            unet.load_state_dict(load(UNet, folder / "unet").state_dict())
+            net.load_state_dict(unet.load(unet.UNet, folder / "unet").state_dict())
         read_moments(run.optimizer, folder / "optimizer.safetensors")
         state = read_json(folder / "state.json")
         run.algorithm.load_state_dict(state["algorithm"])
         run.scaler.load_state_dict(state["scaler"])
     except Exception as error:  # whatever a broken file raises
-        raise UserError(
-            f"{folder} cannot be read ({error}); if it is broken, delete it to go on from the "
-            "checkpoint before"
-        ) from error
+        way = "if it is broken, delete it to go on from the one before"
+        raise UserError(f"{folder} cannot be read ({error}); {way}") from error
     print(f"resuming from {folder}")
     return state["epoch"]
 
@@ -776,6 +683,7 @@ def write_metrics(run, metrics, evaluation):
 
 def summary(line, evaluation):
     """An epoch's metrics as text."""
+    seconds = sum(value for name, value in line.items() if name.startswith("seconds"))
     text = "epoch {epoch:3d}  queries {reward_queries:6d}  reward {reward_mean:8.3f}"
     text += " +- {reward_std:.3f}  "
     if line["approx_kl"] is not None:
@@ -783,9 +691,7 @@ def summary(line, evaluation):
     text += "grad {grad_norm:.2g}  {seconds:.0f} s"
     if evaluation:
         text += "\n    fixed pictures: {eval_reward_mean:.3f} +- {eval_reward_std:.3f}, a gain of "
-        text += "{eval_gain_sd:.2f} standard deviations of the base model's rewards = "
-        text += "{eval_gain_t:.1f} paired standard errors"
-    seconds = sum(value for name, value in line.items() if name.startswith("seconds"))
+        text += "{eval_gain_sd:.2f} of the base's deviations, {eval_gain_t:.1f} standard errors"
     return text.format(**{**line, **evaluation, "seconds": seconds})
 
 
@@ -804,10 +710,8 @@ def draw_curve(out, config):
     for name in [key[5:-5] for key in base if key.startswith("eval_") and key.endswith("_mean")]:
         means = np.array([line[f"eval_{name}_mean"] for line in evaluated])
         right.plot(at, (means - means[0]) / (base[f"eval_{name}_std"] or 1), "o-", label=name)
-    left.set(xlabel="reward queries", ylabel=config.reward)
-    right.set(xlabel="reward queries", ylabel="gain in the base model's deviations")
-    left.set_title(f"{config.algorithm} on {config.reward}")
-    right.set_title("fixed pictures")
+    left.set(title=config.algorithm, xlabel="reward queries", ylabel=config.reward)
+    right.set(title="fixed pictures", xlabel="reward queries", ylabel="gain / base's deviation")
     left.legend()
     right.legend()
     with writing(out / "reward.png"):
@@ -825,27 +729,19 @@ def main(argv=None):
     try:
         loop(prepare(given))
         ddpo.leave()
-    except UserError as error:
-        stop(error, given)
-    except torch.OutOfMemoryError as error:
-        hint = "--precision bf16, --grad-checkpointing, --lora-rank 4, a smaller --micro-batch"
-        stop(f"{error}; try {hint} or --sample-batch", given)
+    except (UserError, torch.OutOfMemoryError) as error:
+        rank, world = ddpo.processes()
+        # so that torchrun does not end this process before its line comes through
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if world > 1 else signal.SIG_DFL)
+        if given.get("debug"):
+            raise
+        text = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError):
+            text += "; try --precision bf16, --grad-checkpointing, --lora-rank 4, "
+            text += "a smaller --micro-batch or --sample-batch"
+        sys.exit(f"train.py: {f'process {rank} of {world}: ' if world > 1 else ''}{text}")
     except KeyboardInterrupt:
-        sys.exit(
-            "train.py: stopped; where a checkpoint was written, --out and the run's folder with "
-            "--resume go on from it"
-        )
-
-
-def stop(error, given):
-    """End with one line, or, with --debug, with the traceback."""
-    rank, world = ddpo.processes()
-    # so that torchrun does not end this process before its line comes through
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if world > 1 else signal.SIG_DFL)
-    if given.get("debug"):
-        raise
-    who = f"process {rank} of {world}: " if world > 1 else ""
-    sys.exit(f"train.py: {who}{' '.join(str(error).split())}")
+        sys.exit("train.py: stopped; if it has a checkpoint, --out FOLDER --resume go on from it")
 
 
 if __name__ == "__main__":
