@@ -193,12 +193,14 @@ class Named:
 
 
 CONFIG, METRICS, STATE = "config.json", "metrics.jsonl", "state.json"
+PROMPTS = "prompts.json"
 CHECKPOINT = "the renaming of the checkpoint"
 # a moment -> the function that is killed, in which of its calls, and what it still gets done
 MOMENTS = {
     "updating": (torch.nn.utils, "clip_grad_norm_", anything, nothing),
     "updated": (ddpo, "optimizer_step", anything, wholly),
     f"in {CONFIG}": (Path, "write_text", Named(CONFIG), half),
+    f"in {PROMPTS}": (Path, "write_text", Named(PROMPTS), half),
     f"{CONFIG} there": (Path, "replace", Named(CONFIG, 1), wholly),
     f"in {METRICS}": (Path, "write_text", Named(METRICS), half),
     f"before the renaming of {METRICS}": (Path, "replace", Named(METRICS, 1), nothing),
@@ -220,9 +222,9 @@ def doom(kill=None):
     train.draw_curve = no_curve  # most of so small a run's time, and nothing reads it
     if kill is None or isinstance(kill, float):
         return
-    owner, name, when, last = MOMENTS[kill[0]]
-    nth, calls = kill[1], itertools.count(1)
-    real = getattr(owner, name)
+    moment, nth = kill
+    (owner, name), (when, last) = MOMENTS[moment][:2], MOMENTS[moment][2:]
+    real, calls = getattr(owner, name), itertools.count(1)
 
     def fatal(*arguments, **more):
         if when(*arguments, **more) and next(calls) == nth:
@@ -452,7 +454,7 @@ def check(pool, uninterrupted, kind, lives, tmp_path):
     for n, (hit, code, log) in enumerate(pool(live, jobs)):
         checkpoints = hit[-1][1]
         finished = checkpoints[-1:] == [4]  # so late a kill may leave an old checkpoint
-        over = "has 4 behind it already" in log
+        over = "--epochs 4: the run in " in log
         assert (code, over) == ((1, True) if finished else (0, False)), (lives[n], hit, log)
         old = [f"checkpoints/{epoch:06d}" for epoch in checkpoints[:-2]] if finished else ()
         found = left(tmp_path / str(n), old)
@@ -476,7 +478,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_bit(kind, count, pool, uninte
 LIVES = {
     "full": [
         [(f"in {CONFIG}", 1), (f"{CONFIG} there", 1), ("updating", 3)],
-        [("removing an old checkpoint", 1), ("updating", 1)],
+        [(f"in {PROMPTS}", 1), ("removing an old checkpoint", 1), ("updating", 1)],
         [(f"before the renaming of {METRICS}", 3), ("in the weights", 1)],
         [(f"after {CHECKPOINT}", 2), ("in the optimizer", 1)],
         [("in the optimizer", 1), (f"in {STATE}", 2), (f"in {METRICS}", 1), ("updated", 3)],

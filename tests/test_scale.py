@@ -478,7 +478,8 @@ def test_a_real_full_size_step_on_a_cpu_fits_in_24_gb_and_changes_the_weights_it
     code = FULL_SIZE_STEP.format(root=str(train.HERE), arguments=arguments)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    wrong, still, trained, peak = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    (wrong, still), (trained, peak) = found[:2], found[2:]
     shutil.rmtree(tmp_path / "run")
     with capsys.disabled():
         print(f"\nfull size, {options}: {trained} tensors trained, peak {peak / 1e9:.1f} GB")
