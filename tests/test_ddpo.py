@@ -11,6 +11,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1320,6 +1321,9 @@ def test_a_new_algorithm_is_a_subclass_of_a_few_lines():
     """Of which the parts that it does not give do nothing."""
 
     class Last(ddpo.Algorithm):
+        def weights(self, prompts, rewards):
+            return rewards.float()
+
         def batches(self, policy, records, prompts, weights, name):
             pairs = all_pairs(records[0], torch.tensor([0, 1]), weights)
             yield pairs[2:]
@@ -1333,13 +1337,32 @@ def test_a_new_algorithm_is_a_subclass_of_a_few_lines():
     learner, rollout, before = Last(settings), toy_rollout(net, 2, 3), copy.copy(settings)
     assert learner.setup(toy_policy(net)) is None and learner.record(rollout) is rollout
     Last.settle(settings, {})
-    assert settings == before and learner.settings is settings
+    assert settings == SimpleNamespace(**{**vars(before), "updates": 2})
+    assert learner.settings is settings
     assert learner.state_dict() == {} and learner.load_state_dict({}) is None
-    [batch] = learner.batches(None, [rollout], ["a", "b"], torch.tensor([1.0, -1.0]), [0])
+    weights = learner.weights(["a", "b"], torch.tensor([1.0, -1.0]))
+    [batch] = learner.batches(None, [rollout], ["a", "b"], weights, [0])
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     metrics = optimizer_step(toy_policy(net), learner, optimizer, batch, 3, math.inf)
     assert set(metrics) == {"loss", "grad_norm"}
     assert net.theta.flatten().tolist() != pytest.approx(THETA)
+
+
+@pytest.mark.parametrize("batch_size, updates", [(None, None), (8, 1), (2, 7), (None, 3)])
+def test_an_algorithm_is_settled_on_batches_of_whole_epochs_unless_told(batch_size, updates):
+    settings = choices(batch_size=batch_size, updates=updates)
+    ddpo.Algorithm.settle(settings, {})
+    assert (settings.batch_size, settings.updates) == (batch_size or 8, updates or 1)
+
+
+@pytest.mark.parametrize("lacking", ["weights", "batches", "losses"])
+def test_an_algorithm_without_one_of_its_three_parts_is_none(lacking):
+    def part(self, *inputs):
+        """Of no interest here."""
+
+    parts = {name: part for name in ("weights", "batches", "losses") if name != lacking}
+    with pytest.raises(TypeError, match=lacking):
+        type("Partial", (ddpo.Algorithm,), parts)(choices())
 
 
 def test_algorithms_by_name_and_the_papers_numbers():
