@@ -14,6 +14,7 @@ lr rises over the first updates, for Adam's first steps move every weight by all
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -200,7 +201,7 @@ HEADINGS = {  # of --help, and the first setting below each
     "seed": "the run",
 }
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-PATHS = ("prompts", "metrics", "clip", "aesthetic_head", "vlm", "bert")  # "../" in a ddpo.json
+PATHS = ("prompts", "metrics", "clip", "aesthetic_head", "vlm", "bert")  # may begin with ../
 PROMPTS = {"aesthetic": "common-animals", "alignment": "animal-activities"}  # Sec. 6
 
 
@@ -220,7 +221,7 @@ def parse(argv):
         options = kinds.get(f.type, {"type": f.type, "metavar": f.type.__name__})
         default = f" [{f.default}]" if f.default not in (None, False) else ""
         group.add_argument(flag(name), help=f.metadata["help"] + default, **options)
-    return vars(parser.parse_args(argv))
+    return vars(placed(parser.parse_args(argv), Path()))
 
 
 def model_settings(folder, given):
@@ -279,14 +280,14 @@ def check(config, given, algorithm):
     require(fits, f"{sizes} must be multiples of the number of processes, {world}")
 
 
-def placed(config, folder):
-    """The settings with paths that a ddpo.json gives relative to its folder made whole."""
-    whole = {}
-    for name in PATHS:
-        items = getattr(config, name).split(",")
+def placed(settings, folder):
+    """A copy of the settings: paths that begin with ../ are made whole, seen from the folder."""
+    whole = copy.copy(settings)
+    for name in set(PATHS) & set(vars(settings)):
+        items = getattr(settings, name).split(",")
         items = [str((folder / i).resolve()) if i.startswith("../") else i for i in items]
-        whole[name] = ",".join(items)
-    return dataclasses.replace(config, **whole)
+        setattr(whole, name, ",".join(items))
+    return whole
 
 
 def resumed(given):
