@@ -146,14 +146,18 @@ class TextEncoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, 4, h, w) -> (B, 3, h, w): the first three channels, as they are."""
+    """(B, 4, h, w) -> (B, 3, h, w): the first three channels, as they are.
+
+    Keeps whether autocast was on, and whether a graph of the computation.
+    """
 
     def __init__(self):
         super().__init__()
-        self.autocast = []
+        self.autocast, self.graph = [], []
 
     def decode(self, latents):
         self.autocast.append(torch.is_autocast_enabled("cpu"))
+        self.graph.append(torch.is_grad_enabled())
         return latents[:, :3]
 
 

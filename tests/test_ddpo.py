@@ -1132,8 +1132,9 @@ def test_decoded_pictures_by_hand():
     latents[0, 1, 0] = torch.tensor([-3.0, 7.0])
     latents[0, 2, 0] = torch.tensor([0.2, -0.2])  # 0.6, 0.4 of 255
     latents[1, 0, 0, 1] = 1 / 255  # 128 of 255
-    images = tiny_policy().decode(latents)
-    assert images.dtype == np.uint8
+    policy = tiny_policy()
+    images = policy.decode(latents)
+    assert images.dtype == np.uint8 and policy.vae.graph == [False]
     assert images[0].tolist() == [[[0, 0, 153], [255, 255, 102]]]
     assert images[1, 0, 1].tolist() == [128, 128, 128]
 
