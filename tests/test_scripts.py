@@ -1,0 +1,205 @@
+"""Every script of the tutorial starts and ends: the zoo's recipe from nothing, its gates, its
+judge, the experiments. Two steps each, on coloured shapes in the place of the emoji art, in folders
+of their own.
+
+They run in this process, for torch and transformers take seconds to import, but as `python SCRIPT`
+would: as __main__, the path and the modules of the tree anew.
+"""
+
+import json
+import re
+import runpy
+import shutil
+import sys
+import zlib
+from pathlib import Path
+
+import data
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image, ImageDraw
+
+ZOO = ROOT / "tutorial" / "zoo"
+RECIPE = ["clip", "vae", "judge", "unet", "aesthetic", "bert", "llava"]
+
+
+def draw_shape(name):
+    """A few coloured ellipses, boxes and triangles, which ones by name -> RGBA, 64 x 64."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    picture = Image.new("RGBA", (64, 64))
+    draw = ImageDraw.Draw(picture)
+    for _ in range(4):
+        (x, y), (width, height) = rng.integers(4, 24, 2), rng.integers(16, 32, 2)
+        colour = (*rng.integers(256, size=3).tolist(), 255)
+        box = (int(x), int(y), int(x + width), int(y + height))
+        kind = rng.integers(3)
+        if kind == 0:
+            draw.ellipse(box, colour)
+        elif kind == 1:
+            draw.rectangle(box, colour)
+        else:
+            draw.polygon([box[:2], box[2:], (box[0], box[3])], colour)
+    return picture
+
+
+def write_art(folder):
+    """What npm would bring, with shapes for pictures, where data.py looks for it."""
+    for vendor in data.VENDORS:
+        (folder / vendor / "64").mkdir(parents=True)
+        entries = []
+        for word in data.NAMES:
+            for name in data.EMOJI.get(word, [word.upper()]):
+                file = f"{zlib.crc32(name.encode()):x}.png"
+                draw_shape(f"{name} {vendor}").save(folder / vendor / "64" / file)
+                entries.append({"name": name, "image": file})
+        (folder / vendor / "emoji.json").write_text(json.dumps(entries))
+
+
+@pytest.fixture(scope="module")
+def art(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("art") / ".data"
+    write_art(folder)
+    return folder
+
+
+def is_ours(path):
+    """Does a file or folder lie in the tree?"""
+    return bool(path) and Path(path).resolve().is_relative_to(ROOT)
+
+
+def our_modules():
+    """The modules of the tree that are loaded, but for pytest's."""
+    loaded = list(sys.modules.items())
+    ours = {name: module for name, module in loaded if is_ours(getattr(module, "__file__", None))}
+    ours.pop("conftest", None)
+    return ours
+
+
+@pytest.fixture
+def start(monkeypatch, capsys):
+    """start("a/script.py", *arguments) -> its exit status, what it printed."""
+
+    def run(script, *arguments):
+        path, before = ROOT / script, our_modules()
+        elsewhere = [folder for folder in sys.path if not is_ours(folder or ".")]
+        monkeypatch.setattr(sys, "path", [str(path.parent), *elsewhere])
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        status = 0
+        try:
+            for name in before:
+                del sys.modules[name]
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code or 0
+        finally:
+            for name in our_modules():
+                del sys.modules[name]
+            sys.modules.update(before)
+        return status, capsys.readouterr().out
+
+    return run
+
+
+def files_of(zoo):
+    """The files of a zoo's networks, by their place in it."""
+    folders = ["clip", "judge", "aesthetic", "bert", "llava", "stable-diffusion"]
+    files = [path for folder in folders for path in (zoo / folder).rglob("*") if path.is_file()]
+    return {str(path.relative_to(zoo)) for path in files}
+
+
+def weights_of(zoo):
+    """What the weights of a zoo are, without reading them."""
+    return {path: path.stat().st_mtime_ns for path in sorted(zoo.glob("**/*.safetensors"))}
+
+
+def test_the_recipe_makes_a_whole_zoo_from_nothing(start, art, tmp_path):
+    before, zoo = weights_of(ZOO), tmp_path / "zoo"
+    shutil.copytree(art, zoo / ".data")
+    said = {}
+    for name in RECIPE:
+        options = ("--quick", "--zoo", zoo)
+        status, said[name] = start(f"tutorial/zoo/train_{name}.py", *options)
+        assert status == 0, name
+    assert files_of(zoo) == files_of(ZOO) - {"stable-diffusion/ddpo.json"}
+    assert weights_of(ZOO) == before
+    figures = {
+        "clip": r"the right caption of 256 for [\d.]+%",
+        "vae": r"L1 0\.\d+, latents of std",
+        "judge": r"right on [\d.]+% of held-out composites, on [\d.]+% of nothings",
+        "unet": r"the judge names [\d.]+%",
+        "aesthetic": r"rank correlation .* -?[\d.]+",
+        "bert": r"layer 3: right first [\d.]+%",
+        "llava": r"right on [\d.]+% of held-out composites",
+    }
+    for name, figure in figures.items():
+        assert re.search(figure, said[name]), name
+    # called again, each has nothing left to do, and the UNet goes on from the one there is
+    status, again = start("tutorial/zoo/train_judge.py", "--quick", "--zoo", zoo)
+    assert "resuming judge at step 2" in again
+    status, again = start("tutorial/zoo/train_unet.py", "--quick", "--zoo", zoo)
+    assert "unet-one-pose step 2" in again and "resuming" not in again
+
+
+def test_gates_runs_on_a_few_pictures(start, art, tmp_path):
+    """The shipped networks, on animals that they have never seen: what needs the art is missed."""
+    zoo = tmp_path / "zoo"
+    shutil.copytree(ZOO, zoo, ignore=shutil.ignore_patterns(".data", "*.py", "__pycache__"))
+    shutil.copytree(art, zoo / ".data")
+    (zoo / "samples.png").unlink()
+    status, said = start("tutorial/zoo/gates.py", "--quick", "--zoo", zoo)
+    lines = [line for line in said.splitlines() if line[:4] in ("pass", "MISS")]
+    passed = {line[6:].partition(":")[0]: line[:4] == "pass" for line in lines}
+    assert len(lines) == 16 and status == 1
+    assert passed["judge names the animal on 8 samples at the default settings"]
+    assert passed["judge says none on noise"] and passed["judge says none on blanks"]
+    assert passed["BERTScore puts the right caption first"] and passed["all weights together"]
+    assert not passed["judge names held-out composites"]
+    sharpness = re.search(r"sharpness, .*: (\d\.\d+) \(at least 0.9\)", said)
+    assert 0.3 < float(sharpness[1]) < 1.2
+    assert Image.open(zoo / "samples.png").size == (8 * 64, 64)
+
+
+def test_gates_says_what_it_skips_without_npm(start, tmp_path, monkeypatch):
+    zoo = tmp_path / "zoo"
+    shutil.copytree(ZOO, zoo, ignore=shutil.ignore_patterns(".data", "*.py", "__pycache__"))
+    monkeypatch.setenv("PATH", "")
+    said = start("tutorial/zoo/gates.py", "--quick", "--zoo", zoo)[1]
+    assert "skip  composites: the emoji art needs npm" in said
+    assert len(re.findall("^(?:pass|MISS)  ", said, re.MULTILINE)) == 10
+    status, said = start("tutorial/zoo/data.py", "--zoo", zoo)
+    assert "needs npm" in status
+
+
+@pytest.mark.parametrize("name", ["train_unet", "gates"])
+def test_a_quick_run_never_overwrites_the_zoo_that_is_here(start, name, capsys):
+    before = weights_of(ZOO)
+    assert start(f"tutorial/zoo/{name}.py", "--quick")[0] == 2
+    assert weights_of(ZOO) == before
+
+
+def test_data_draws_composites_to_look_at(start, art, tmp_path):
+    shutil.copytree(art, tmp_path / ".data")
+    status, said = start("tutorial/zoo/data.py", "--zoo", tmp_path)
+    assert status == 0 and len(said.splitlines()) == 8
+    assert Image.open(tmp_path / ".data" / "composites.png").size == (12 * 64, 8 * 64)
+
+
+def test_experiments_and_the_judge_of_one_of_their_runs(start, tmp_path):
+    """Fig. 10 alone: the search, and what a figure needs; --quick itself runs all, in CI."""
+    page = ROOT / "tutorial" / "experiments.md"
+    before = page.read_bytes()
+    status, said = start("tutorial/experiments.py", "fig10", "--quick", "--runs", tmp_path)
+    assert status == 0 and "| without | reward |" in said
+    assert page.read_bytes() == before
+    runs = tmp_path / "quick"
+    assert (runs / "fig10.png").is_file() and len(list((runs / "search").iterdir())) == 2
+    run = runs / "fig10" / "without"
+    assert json.loads((run / "config.json").read_text())["no_cfg_training"]
+    status, said = start("tutorial/zoo/judge.py", run)
+    assert status == 0 and len(re.findall(r"judge finds right [\d.]+%", said)) == 3
+    assert Image.open(run / "before_after.png").size == (4 * 64, 2 * 64)
+
+
+def test_the_judge_says_how_it_is_used(start, tmp_path):
+    assert "usage" in start("tutorial/zoo/judge.py", tmp_path)[0]
