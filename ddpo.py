@@ -3,22 +3,26 @@
 Denoising as an MDP (Sec. 4.3): the state is (c, t, x_t), the action x_{t-1}, the policy the
 Gaussian p_theta(x_{t-1} | x_t, c) of scheduler.py; the reward r(x_0, c) comes once, at the end.
 
-    guided_noise, predict_noise                     Eq. 3: guidance, in sampling and training alike
+    guided_noise, predict_noise                     Eq. 3 and "CFG training", App. E.1
     Trajectories, sample, Policy                    Sec. 4.3: roll the policy out, record it
     PromptStatistics, normalize_advantages          App. D.3: rewards normalised prompt by prompt
-    reinforce_loss, ppo_loss, policy_log_prob       Sec. 4.3, D.1: the two policy gradients
-    rwr_weights, sparse_weights, denoising_loss     Sec. 4.2: reward-weighted regression
+    reinforce_loss, ppo_loss, policy_log_prob       Sec. 4.3, App. D.1: the two policy gradients
+    rwr_weights, sparse_weights, denoising_loss     Sec. 4.2, App. D.2: reward-weighted regression
     Algorithm; DDPO, DDPOScoreFunction, RWR, RWRSparse; accumulate, optimizer_step
     alarms                                          what goes wrong in practice, seen early
     join ... sum_gradients                          several processes
 
-Deviations, beside those of scheduler.py. From the paper's text, where it and its code differ:
+Shapes: N samples an epoch, B in a batch, b in a micro-batch; T steps; latents (4, h, w), of
+D = 4 h w dimensions; a prompt's embedding (m, d).
 
-    what                                        why; effect
+Deviations, beside those of scheduler.py. From the paper's text, as in its authors' code:
+
+    what                                        why, effect
     losses are means over timesteps, not sums   the code; REINFORCE's gradient is 1/T of the true
     normalised by a prompt's last 32 rewards,   the code; D.3 gives no numbers
       from the 16th on, else by the epoch's
     advantages are clipped at +-10              the JAX code (PyTorch: 5); touches outliers only
+    RWR regresses the noise, not Eq. 1's mean   the code; other weights of the timesteps
 
 and from the code:
 
@@ -30,11 +34,14 @@ and from the code:
     RWR's loss is a mean over the batch         theirs is 1/128 of it: its clipping never binds
     RWR-sparse: percentile of a round's own     theirs samples until 1,024 are kept; of few samples
       samples of each prompt                    a prompt, ours keeps a larger share, and says so
-    float32                                     theirs: bfloat16 first moments
+    Adam's moments are float32                  theirs: bfloat16 first moments
+    rewards are normalised in float64           constant ones give 0; theirs +-1, by rounding
+    pairs are trained on in order, unshuffled   rounding: all timesteps go into one update anyway
 """
 
 import math
 import os
+from abc import ABC, abstractmethod
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +57,7 @@ from scheduler import UserError, add_noise, gaussian_log_prob, named_noise, requ
 
 
 def guided_noise(eps_uncond, eps_cond, guidance):
-    """Classifier-free guidance, Eq. 3: w eps(x_t, t, c) + (1 - w) eps(x_t, t, nothing), rearranged.
+    """Classifier-free guidance, Eq. 3, rearranged: w eps(x_t, t, c) + (1 - w) eps(x_t, t).
 
     guidance is the paper's w; 1 is the plain conditional prediction.
     eps_uncond, eps_cond (B, 4, h, w) -> (B, 4, h, w).
@@ -59,7 +66,7 @@ def guided_noise(eps_uncond, eps_cond, guidance):
 
 
 def predict_noise(unet, x_t, timesteps, cond, uncond, guidance):
-    """The guided noise prediction, both halves in one forward pass.
+    """The guided prediction, both halves in one pass. In training too: "CFG training", App. E.1.
 
     x_t (B, 4, h, w), timesteps (B,), cond (B, m, d), uncond (1, m, d) -> float32 (B, 4, h, w).
     """
@@ -73,7 +80,10 @@ def predict_noise(unet, x_t, timesteps, cond, uncond, guidance):
 
 @dataclass
 class Trajectories:
-    """A batch of rollouts: what sampling hands to training. Always float32."""
+    """A batch of rollouts: what sampling hands to training.
+
+    Always float32, so that ratios begin at 1: a rounded x_{t-1} is not the one of this log p.
+    """
 
     latents: torch.Tensor  # (B, T+1, 4, h, w): x_T first, x_0 last
     log_probs: torch.Tensor  # (B, T): log p(x_{t-1} | x_t, c) under the policy that sampled
@@ -182,7 +192,7 @@ class Policy:
 
 
 class PromptStatistics:
-    """App. D.3: the last `size` rewards of each prompt, to normalise by. 32, 16: the code's."""
+    """App. D.3's running statistics of each prompt: over its last `size` rewards (code: 32)."""
 
     def __init__(self, size=32, min_count=16):
         self.size, self.min_count, self.history = size, min_count, {}
@@ -213,7 +223,7 @@ class PromptStatistics:
 
 
 def normalize_advantages(rewards, mean, std, limit=10.0):
-    """App. D.3: A = (r - mean) / std, clipped to +-limit.
+    """App. D.3: A = (r - mean) / (std + 1e-6), clipped to +-limit as in the authors' code.
 
     rewards, mean, std float64 (B,), the last two those of each sample's prompt -> float32 (B,).
     """
@@ -272,7 +282,7 @@ def by_prompt(weigh, prompts, rewards):
 
 
 def rwr_weights(prompts, rewards, beta):
-    """w_RWR of Sec. 4.2: exp(beta r) / Z(c), so that the weights of each prompt average 1.
+    """w_RWR of Sec. 4.2, normalised prompt by prompt (App. D.2, D.3): they average 1 in each.
 
         w = n_c softmax(beta r)         over the n_c samples of prompt c
 
@@ -286,7 +296,7 @@ def rwr_weights(prompts, rewards, beta):
 
 
 def sparse_weights(prompts, rewards, percentile):
-    """w_sparse of Sec. 4.2: 1[r >= C(c)], with C(c) a percentile, 0 to 1, of the prompt's rewards.
+    """w_sparse of Sec. 4.2: 1[r >= C], with C a percentile, 0 to 1, of the prompt's rewards.
 
     Of up to 10 samples a prompt, 0.9 leaves the best one (interpolating between neighbours; equals
     are all kept). prompts: B str, rewards (B,) -> 0 or 1 each, (B,).
@@ -335,10 +345,10 @@ def all_pairs(trajectories, samples, advantages):
     return Pairs(trajectories, i.flatten(), k.flatten(), advantages[i.flatten()])
 
 
-class Algorithm:
-    """How an epoch's rewards become optimizer steps. A new one needs weights, batches and losses.
+class Algorithm(ABC):
+    """How an epoch's rewards become optimizer steps; `settings` are train.py's.
 
-    `settings` are train.py's; numbers among the class attributes can be set by --set name=value.
+    Numbers and words among the class attributes can be set by --set name=value, before `setup`.
     """
 
     defaults = {}  # the paper's numbers, where they differ from DDPO_IS's
@@ -349,7 +359,9 @@ class Algorithm:
 
     @classmethod
     def settle(cls, settings, given):
-        """Fill in and check what depends on the algorithm. `given`: the settings typed."""
+        """Fill in batch_size and updates, refuse what cannot be. `given`: the settings typed."""
+        settings.batch_size = settings.batch_size or settings.samples_per_epoch
+        settings.updates = settings.updates or settings.samples_per_epoch // settings.batch_size
 
     def setup(self, policy):
         """Called once, with the policy as it is before any update."""
@@ -357,6 +369,21 @@ class Algorithm:
     def record(self, trajectories):
         """What training keeps of a batch of trajectories."""
         return trajectories
+
+    @abstractmethod
+    def weights(self, prompts, rewards):
+        """Called once an epoch. prompts: N str, rewards float64 (N,) -> float32 (N,)."""
+
+    @abstractmethod
+    def batches(self, policy, records, prompts, weights, name):
+        """Yield `updates` batches of this process's rows, each with len() and [slice].
+
+        records: of this process's samples; prompts, weights: of all; name: seeds what is random.
+        """
+
+    @abstractmethod
+    def losses(self, policy, batch):
+        """-> losses (b,), and what is to be logged of each row {name: (b,)}."""
 
     def metrics(self, logged):
         """From what an update logged of all its rows, {name: (n,)} -> {name: tensor}."""
@@ -371,7 +398,7 @@ class Algorithm:
 
 
 class DDPO(Algorithm):
-    """DDPO_IS, Sec. 4.3, D.1, D.3: importance sampling, several updates an epoch."""
+    """DDPO_IS, Sec. 4.3, App. D.1, D.3: importance sampling, several updates an epoch."""
 
     defaults = {"batch_size": 64}  # App. D.5
     advantage_limit = 10.0
@@ -390,19 +417,18 @@ class DDPO(Algorithm):
         require(n % size == 0, f"--samples-per-epoch {n} must be a multiple of --batch-size {size}")
         why = f"each picture is taken once, {n // size} updates of --batch-size {size}"
         require(settings.updates in (None, n // size), f"--updates {settings.updates}: {why}")
-        settings.updates = n // size
+        super().settle(settings, given)
 
     def weights(self, prompts, rewards):
-        """The advantages of an epoch's samples. prompts: N str, rewards (N,) -> (N,)."""
+        """The advantages of an epoch's samples, which are remembered."""
         self.statistics.remember(prompts, rewards)
         mean, std = self.statistics.mean_std(prompts, rewards)
         return normalize_advantages(rewards, mean, std, self.advantage_limit)
 
     def batches(self, policy, records, prompts, weights, name):
-        """Minibatches of whole trajectories, with all their timesteps; each trajectory once.
+        """Whole trajectories with all their timesteps, each once -> yields Pairs.
 
         In the order of sampling, which is random already.
-        records: those of this process's samples; prompts, weights: all processes' -> yields Pairs.
         """
         trajectories = Trajectories.cat(records)
         advantages = share(weights).to(policy.device)
@@ -424,7 +450,7 @@ class DDPO(Algorithm):
         return losses, {"k": pairs.k, "log_ratio": (now - old).detach()}
 
     def metrics(self, logged):
-        """How far the ratios are off 1."""
+        """How far the ratios are off 1, on either side, whether the clip is active or not."""
         k, off_1 = logged["k"], (logged["log_ratio"].exp() - 1).abs()
         outside = (off_1 > self.settings.clip_range).float()
         return {
@@ -433,7 +459,7 @@ class DDPO(Algorithm):
             "clip_fraction_by_step": torch.stack(
                 [outside[k == step].mean() for step in k.unique()]
             ),
-            "first_ratio_error": off_1.max(),
+            "first_ratio_error": off_1.max(),  # `averaged` keeps that of the epoch's first update
         }
 
     def state_dict(self):
@@ -470,7 +496,7 @@ class RWR(Algorithm):
     """Reward-weighted regression on the policy's own samples. Sec. 4.2, D.2."""
 
     defaults = {"samples_per_epoch": 10_000, "batch_size": 128, "updates": 400}  # App. D.5
-    defaults.update(eval_every=1, checkpoint_every=1)
+    defaults.update(eval_every=1, checkpoint_every=1)  # a round is as long as 40 of DDPO's epochs
     fresh_optimizer = True  # as in the authors' code: each round is a regression of its own
 
     def record(self, trajectories):
@@ -478,7 +504,7 @@ class RWR(Algorithm):
         return trajectories.latents[:, -1].clone()
 
     def weights(self, prompts, rewards):
-        """The weight of each sample's loss. prompts: N str, rewards (N,) -> (N,)."""
+        """The weight of each sample's loss."""
         return rwr_weights(prompts, rewards, self.settings.beta)
 
     def batches(self, policy, records, prompts, weights, name):
@@ -514,7 +540,7 @@ class RWRSparse(RWR):
     """RWR with weights of 0 and 1: the best samples of each prompt are kept. Sec. 4.2."""
 
     def weights(self, prompts, rewards):
-        """1 for the samples that are kept, else 0. prompts: N str, rewards (N,) -> (N,)."""
+        """1 for the samples that are kept, else 0."""
         weights = sparse_weights(prompts, rewards, self.settings.percentile)
         kept, expected = weights.mean().item(), 1 - self.settings.percentile
         if kept > 2 * expected:

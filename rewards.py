@@ -23,15 +23,14 @@ LAION predictor (sac+logos+ava1-l14-linearMSE) on which CLIP (ViT-L/14), BERTSco
     LLaVA 1.5 7B; at least two     it fits one GPU; small       other descriptions than their 13B's
     tokens an answer               models may say nothing
     an empty answer scores 0       it covers nothing            no failure, the worst score
-    prompts may repeat within an   the zoo samples few          statistics per prompt mean something
-    epoch (train.py)               pictures an epoch            in the first epoch
+    LLaVA is asked the code's      --vlm-question; the text's   none known
+    question                       "what is happening ...?"
 """
 
 import base64
 import importlib.util
 import io
 import os
-import random
 import sys
 import threading
 import traceback
@@ -396,12 +395,7 @@ REWARDS = {  # name: maker(settings of train.py, device) -> reward
 
 
 # What anybody's code may flip for the whole process: how to read it, how to set it.
-GENERATORS = [
-    (random.getstate, random.setstate),
-    (np.random.get_state, np.random.set_state),
-    (torch.get_rng_state, torch.set_rng_state),
-]
-SWITCHES = GENERATORS + [
+SWITCHES = [
     (os.getcwd, os.chdir),
     (np.geterr, lambda states: np.seterr(**states)),
     (torch.is_grad_enabled, torch.set_grad_enabled),
@@ -413,19 +407,15 @@ SWITCHES = GENERATORS + [
     (partial(getattr, cudnn, "benchmark"), partial(setattr, cudnn, "benchmark")),
     (partial(getattr, cudnn, "deterministic"), partial(setattr, cudnn, "deterministic")),
 ]
-left_off = []  # the generators' states after the last reward: each call draws on from there
 
 
 @contextmanager
 def restored():
-    """Run anybody's code: what it flips is flipped back, and its random numbers are its own."""
+    """Run anybody's code: what it flips is flipped back."""
     before = [get() for get, _ in SWITCHES]
     try:
-        for (_, put), state in zip(GENERATORS, left_off):
-            put(state)
         yield
     finally:
-        left_off[:] = [get() for get, _ in GENERATORS]
         for (_, put), value in zip(SWITCHES, before):
             put(value)
 

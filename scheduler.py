@@ -1,7 +1,9 @@
 """The sampler: a noise schedule, and DDIM with noise as the Gaussian policy p(x_{t-1} | x_t, c).
 
 Denoising is an MDP with exact likelihoods (Sec. 4.3) because each step is an isotropic Gaussian
-whose mean the network sets and whose standard deviation is fixed (Sec. 3.1). In reading order:
+whose mean the network sets and whose standard deviation is fixed: Eq. 2, mu_theta and sigma_t.
+Timesteps t are of the 1000 that the network was trained with; sampling visits T of them, and
+x_{t-1}, alpha_bar_prev are those of the next one visited. In reading order:
 
     add_noise                               the forward process q(x_t | x_0)
     predicted_x0, ddim_std, ddim_mean_std   one step of the reverse process, as a Gaussian
@@ -12,8 +14,8 @@ whose mean the network sets and whose standard deviation is fixed (Sec. 3.1). In
 
 What the numbers of a `Sampler` make it:
 
-    T = 1000, eta = 1       DDPM with the posterior's variance (Ho et al. 2020, beta tilde)
-    T < 1000, eta = 1       the same on a subsequence: the paper's policy, T = 50 (App. D.5)
+    T = 1000, eta = 1       DDPM with the posterior's variance (Ho et al. 2020); steps_offset 0
+    T < 1000, eta = 1       the same on a subsequence: the paper's, T = 50 (App. D.5; eta: code)
     T < 1000, 0 < eta < 1   DDIM with less noise (Song et al. 2021, Eq. 16)
     eta = 0                 deterministic DDIM: no density, hence no policy gradient
     another `mean_std`      another Gaussian, such as std^2 = 1 - alpha_bar_t / alpha_bar_prev
@@ -81,7 +83,7 @@ def predicted_x0(eps, x_t, alpha_bar_t):
 
 
 def ddim_std(alpha_bar_t, alpha_bar_prev, eta):
-    """Standard deviation of p(x_{t-1} | x_t, c). Song et al. 2021 (arXiv 2010.02502), Eq. 16.
+    """sigma_t of Eq. 2. Eq. 16 of Song et al. 2021 (arXiv 2010.02502).
 
         std = eta sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_prev))
 
@@ -92,7 +94,7 @@ def ddim_std(alpha_bar_t, alpha_bar_prev, eta):
 
 
 def ddim_mean_std(eps, x_t, alpha_bar_t, alpha_bar_prev, eta):
-    """Mean and standard deviation of p(x_{t-1} | x_t, c). Song et al. 2021, Eq. 12.
+    """mu_theta and sigma_t of Eq. 2: p(x_{t-1} | x_t, c). Eq. 12 of Song et al. 2021.
 
         mean = sqrt(alpha_bar_prev) x_0 + sqrt(1 - alpha_bar_prev - std^2) eps
 
@@ -100,18 +102,19 @@ def ddim_mean_std(eps, x_t, alpha_bar_t, alpha_bar_prev, eta):
     """
     x_0 = predicted_x0(eps, x_t, alpha_bar_t)
     std = ddim_std(alpha_bar_t, alpha_bar_prev, eta)
-    # clamp: rounding may leave -1e-8 where the difference is 0
+    # rounding may leave -1e-8 where the difference is near 0
     towards_x_t = (1 - alpha_bar_prev - std**2).clamp(min=0).sqrt()
     mean = expand(alpha_bar_prev.sqrt(), x_t) * x_0 + expand(towards_x_t, x_t) * eps
     return mean, std
 
 
 def gaussian_log_prob(x, mean, std):
-    """log N(x; mean, std^2 I), averaged over the D dimensions of x. The policy of Sec. 4.3.
+    """log N(x; mean, std^2 I) of Eq. 2 and Sec. 4.3, averaged over the D dimensions of x.
 
         log p = -(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2          mean over D
 
-    x is an action already taken: the gradient flows through `mean` only. 0 where std = 0.
+    x is an action already taken and std is fixed, so the gradient flows through `mean` only.
+    0 where std = 0.
     x, mean (B, 4, h, w) of any float type; std (B,) -> float32 (B,).
     """
     x, mean, std = x.detach().float(), mean.float(), std.float()
@@ -130,7 +133,7 @@ def named_noise(shape, count, *name):
     """
     entropy = (len(name), *name)  # numpy pads names with zeros: (3, 5) would be (3, 5, 0)
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(state >> 1))
+    generator = torch.Generator().manual_seed(int(state >> 1))  # torch takes 63 bits
     return torch.randn(count, *shape, generator=generator)
 
 
@@ -147,7 +150,7 @@ SD_V1_FIELDS = {
 
 @dataclass
 class NoiseSchedule:
-    """alpha_bar of N training timesteps, and two numbers that say how T of them are chosen."""
+    """alpha_bar of all training timesteps, and where the ones of sampling lie and end."""
 
     alphas_bar: torch.Tensor  # (N,) float32
     final_alpha_bar: float  # after the last step: 1, or alphas_bar[0] as in Stable Diffusion
@@ -168,7 +171,7 @@ class NoiseSchedule:
         count, offset = config.get("num_train_timesteps", 1000), config.get("steps_offset", 0)
         kind = config.get("beta_schedule")
         numbers = all(type(beta) in (int, float) for beta in (first, last))
-        betas = f"beta_start = {first!r}, beta_end = {last!r}; needed: 0 < start <= end < 1"
+        betas = f"beta_start = {first!r}, beta_end = {last!r}; needed: 0 < both < 1, rising"
         require(numbers and 0 < first <= last < 1, f"{where} has {betas}")
         whole = type(count) is int and count > 0 and type(offset) is int and offset >= 0
         counts = f"num_train_timesteps = {count!r}, steps_offset = {offset!r}"
@@ -203,8 +206,9 @@ class NoiseSchedule:
 class Sampler:
     """DDIM on T of a schedule's timesteps with noise eta: the Gaussians that the policy acts by.
 
-    `timesteps` (T,) int64, noisiest first: evenly spaced, plus the offset (T = 50: 981, 961 ... 1).
-    A sampler of another kind overrides `mean_std`. Raises UserError for a T that cannot be had.
+    `timesteps` (T,) int64, noisiest first: multiples of 1000 // T, plus the offset (T = 50: 981,
+    961 ... 1). Other samplers override `mean_std`; train.load_policy makes the one that is used.
+    Raises UserError for a T that cannot be had.
     """
 
     def __init__(self, schedule, T, eta):
