@@ -1,16 +1,13 @@
 """Fine-tune Stable Diffusion by reinforcement learning: `python train.py --reward aesthetic`.
 
 The paper's loop (Sec. 4, App. D): draw prompts, sample pictures with the present policy, reward
-them, weigh them prompt by prompt, take some optimizer steps. `one_epoch` is that loop, and what it
-calls follows; then settings, evaluation, checkpoints and pictures. The mathematics is in ddpo.py.
-`torchrun --nproc-per-node 8 train.py ...` runs this program once a GPU: each process has its share
-of the samples, the first one writes.
+them, weigh them prompt by prompt, take some optimizer steps. `one_epoch` is that loop; settings,
+evaluation and checkpoints follow. The mathematics is in ddpo.py. Behind `torchrun` this program
+runs once a GPU: each process has its share of the samples, the first one writes.
 
 Settings: the command line, else the `ddpo.json` in the model's folder, else the paper's App. D.5.
-
-Deviations from the paper, in the zoo's settings and off by default: with --samples-per-prompt
-prompts repeat within an epoch, so that per-prompt statistics mean something at once; with --warmup
-lr rises over the first updates, for Adam's first steps move every weight by all of it.
+Not the paper's, and off by default: --samples-per-prompt, for statistics by prompt from the first
+epoch on; --warmup, for Adam's first steps move every weight by all of lr.
 """
 
 import argparse
@@ -51,7 +48,11 @@ def one_epoch(run, epoch):
     c, clock = run.config, [time.time()]
     rng = np.random.default_rng([c.seed, epoch])
     prompts = draw_prompts(run.prompts, c.samples_per_epoch, c.samples_per_prompt, rng)
-    records, images = roll_out(run, prompts, epoch)
+    records, images = [], []
+    for trajectories, drawn in draw(run, prompts, epoch, f"epoch {epoch}: sampling"):
+        records.append(run.algorithm.record(trajectories))
+        images.append(drawn)
+    images = np.concatenate(images)
     clock.append(time.time())
 
     rewards = score(run, images, prompts, epoch)
@@ -66,15 +67,6 @@ def one_epoch(run, epoch):
 
     parts = ("seconds_sampling", "seconds_reward", "seconds_training")
     return {**observed, **learned, **dict(zip(parts, np.diff(clock).round(3).tolist()))}
-
-
-def roll_out(run, prompts, epoch):
-    """Sample this process's share of the pictures -> records for training, images."""
-    records, images = [], []
-    for trajectories, drawn in draw(run, prompts, epoch, f"epoch {epoch}: sampling"):
-        records.append(run.algorithm.record(trajectories))
-        images.append(drawn)
-    return records, np.concatenate(images)
 
 
 def draw(run, prompts, epoch, description):
@@ -128,10 +120,8 @@ def train_epoch(run, records, prompts, weights, epoch):
 
 
 def setting(default, help, rules="", least=None):
-    """A field of `Config`. least: the smallest number it may be; by default any above 0.
-
-    rules: "free", it may differ after --resume; "user", a model's ddpo.json may not set it.
-    """
+    """A field of `Config`. least: the smallest number it may be; by default any above 0."""
+    # rules: "free", it may differ after --resume; "user", a model's ddpo.json may not set it
     metadata = {"help": help, "rules": rules, "least": least}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -225,10 +215,7 @@ def parse(argv):
 
 
 def model_settings(folder, given):
-    """The model's ddpo.json, {"all": {...}, and by reward, algorithm or "lora"}; else {}.
-
-    What `given` overrides is not looked at. Raises UserError.
-    """
+    """The model's ddpo.json, {"all": {...}, by reward, algorithm or "lora": {...}}, or {}."""
     path, known = folder / "ddpo.json", ["all", *REWARDS, *ALGORITHMS, "lora"]
     own = read_json(path) if path.is_file() else {}
     fits = isinstance(own, dict) and set(own) <= set(known) and {*map(type, own.values())} <= {dict}
@@ -246,11 +233,10 @@ def model_settings(folder, given):
 
 def merge(given, folder, algorithm):
     """The command line over the model's ddpo.json over the paper's numbers -> Config."""
-    own, paper = model_settings(folder, given), dict(algorithm.defaults)
+    own = model_settings(folder, given)
     reward, name = given.get("reward", Config.reward), given.get("algorithm", Config.algorithm)
+    paper = {"prompts": PROMPTS.get(reward, Config.prompts), **algorithm.defaults}
     parts = ["all", reward, name]  # the later one wins
-    if reward in PROMPTS:
-        paper["prompts"] = PROMPTS[reward]
     if given.get("lora_rank"):
         paper["lr"] = 3e-4  # App. C
         parts.insert(2, "lora")
@@ -327,24 +313,19 @@ def load_prompts(name):
     named = {path.stem: path for path in sorted(PROMPT_SETS.glob("*.txt"))}
     neither = f"neither a file that can be read nor one of {', '.join(named)}"
     try:
-        text = named.get(name, Path(name)).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
+        text = named.get(name, Path(name)).read_text(encoding="utf-8-sig", errors="replace")
     except OSError:
         raise UserError(f"--prompts {name}: {neither}") from None
-    require("\0" not in text, f"--prompts {name}: not a text file in UTF-8")
+    require(not {"\0", "\ufffd"} & {*text}, f"--prompts {name}: not a text file in UTF-8")
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     require(prompts, f"--prompts {name}: no prompt in it; one prompt a line")
     return list(dict.fromkeys(prompts))
 
 
 def draw_prompts(prompts, samples, repeats, rng):
-    """The prompts of an epoch's samples, as many str. The paper: repeats = 1, independent draws.
-
-    Else samples / repeats, distinct while there are enough, `repeats` times each, shuffled.
-    """
+    """An epoch's prompts, shuffled: samples // repeats draws, `repeats` times each -> list."""
     count = samples // repeats
-    distinct = repeats > 1 and count <= len(prompts)
+    distinct = repeats > 1 and count <= len(prompts)  # the paper's, 1 each, are independent
     drawn = rng.choice(len(prompts), size=count, replace=not distinct)
     return [prompts[i] for i in rng.permutation(np.repeat(drawn, repeats))]
 
@@ -362,7 +343,7 @@ def load_policy(folder, device, config):
 
     dtype, rank = PRECISIONS[config.precision], config.lora_rank
     # fp32 is float32; else what stays float32 may use TF32
-    torch.backends.cuda.matmul.allow_tf32 = dtype != torch.float32
+    torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     net = unet.load(unet.UNet, folder / "unet", dtype if rank else torch.float32)
     if rank:
@@ -414,11 +395,9 @@ def choose_model(given, device):
 
 def choose_algorithm(name):
     """One of ALGORITHMS, or a class from a user's file. Raises UserError."""
-    if name in ALGORITHMS:
-        return ALGORITHMS[name]
-    known = ", ".join(ALGORITHMS)
-    require(".py:" in name, f"--algorithm {name}: neither one of {known} nor a file.py:Class")
-    algorithm = load_object(name, "--algorithm")
+    fits = name in ALGORITHMS or ".py:" in name
+    require(fits, f"--algorithm {name}: neither one of {', '.join(ALGORITHMS)} nor a file.py:Class")
+    algorithm = ALGORITHMS.get(name) or load_object(name, "--algorithm")
     fits = isinstance(algorithm, type) and issubclass(algorithm, ddpo.Algorithm)
     require(fits, f"--algorithm {name}: must be a class derived from ddpo.Algorithm")
     return algorithm
@@ -447,27 +426,23 @@ def prepare(given):
         sys.stdout = open(os.devnull, "w")  # one voice is enough
     model, folder = choose_model(given, device)
     algorithm = choose_algorithm(given.get("algorithm", Config.algorithm))
-    config = merge({**given, "model": model}, folder, algorithm)
-    check(config, given, algorithm)
-    name = f"{config.reward.rpartition(':')[2]}-{config.algorithm.rpartition(':')[2]}"
-    config.out = config.out or str(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    out, whole = Path(config.out), placed(config, folder)
-    if config.resume:
-        prompts = read_json(out / "prompts.json")["prompts"]
-    else:
-        prompts = load_prompts(whole.prompts)
+    c = merge({**given, "model": model}, folder, algorithm)
+    check(c, given, algorithm)
+    name = f"{c.reward.rpartition(':')[2]}-{c.algorithm.rpartition(':')[2]}"
+    c.out = c.out or str(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    out, used = Path(c.out), placed(c, folder)
+    prompts = read_json(out / "prompts.json")["prompts"] if c.resume else load_prompts(used.prompts)
 
-    policy = load_policy(folder, device, config)
+    policy = load_policy(folder, device, c)
     warn_of_twins(prompts, policy.tokenizer)
-    algorithm = algorithm(whole)
-    set_own(algorithm, config.set)
+    algorithm = algorithm(used)
+    set_own(algorithm, c.set)
     algorithm.setup(policy)
     trained = [p for p in policy.unet.parameters() if p.requires_grad]
-    options = {"weight_decay": config.weight_decay, "fused": device.type == "cuda"}
-    optimizer = torch.optim.AdamW(trained, config.lr, **options)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    rewards = load_rewards(whole, device)
-    return Run(config, out, policy, algorithm, optimizer, scaler, prompts, *rewards)
+    options = {"weight_decay": c.weight_decay, "fused": device.type == "cuda"}
+    optimizer = torch.optim.AdamW(trained, c.lr, **options)
+    scaler = torch.amp.GradScaler(device.type, enabled=c.precision == "fp16")
+    return Run(c, out, policy, algorithm, optimizer, scaler, prompts, *load_rewards(used, device))
 
 
 def warn_of_twins(prompts, tokenizer):
@@ -476,8 +451,7 @@ def warn_of_twins(prompts, tokenizer):
     for prompt in prompts:
         twin = seen.setdefault(tuple(tokenizer(prompt, truncation=True).input_ids), prompt)
         if twin != prompt:
-            limit = tokenizer.model_max_length
-            print(f"warning: alike in the {limit} tokens that are read: {twin!r}, {prompt!r}")
+            print(f"warning: alike in the tokens that are read: {twin!r}, {prompt!r}")
 
 
 def load_rewards(config, device):
@@ -500,7 +474,7 @@ def load_rewards(config, device):
 def loop(run):
     """The epochs, from the newest checkpoint on."""
     c, out, writes = run.config, run.out, ddpo.processes()[0] == 0
-    start = read_checkpoint(run) if c.resume else 0
+    start = read_checkpoint(run) if c.resume and run.checkpoints() else 0
     require(start < c.epochs, f"--epochs {c.epochs}: the run in {out} has {start} behind it")
     if writes:
         with writing(out):
@@ -509,11 +483,9 @@ def loop(run):
         write_json(out / "prompts.json", {"prompts": run.prompts})
         for name in ("metrics.jsonl", "descriptions.jsonl"):
             write_json(out / name, read_lines(out / name, before=start))
-    size = f"{c.epochs} epochs of {c.samples_per_epoch} pictures"
-    print(f"{c.algorithm} on {c.reward}: {size}, into {out}", flush=True)
+    print(f"{c.algorithm} on {c.reward}, {c.epochs} epochs, into {out}", flush=True)
     for epoch in range(start, c.epochs):
-        done = epoch + 1
-        last = done == c.epochs
+        done, last = epoch + 1, epoch + 1 == c.epochs
         base = evaluate(run, 0) if epoch == 0 else {}
         metrics = {"epoch": epoch, "reward_queries": done * c.samples_per_epoch, **base}
         metrics.update(one_epoch(run, epoch))
@@ -533,8 +505,7 @@ def progress(text, unit, total):
 
 def evaluate(run, epoch):
     """Reward the fixed prompts and noises; write the pictures and their rewards -> metrics."""
-    # two pictures of each prompt, for the diversity
-    prompts = 2 * spread_prompts(run.prompts, run.config.eval_samples // 2)
+    prompts = 2 * spread_prompts(run.prompts, run.config.eval_samples // 2)  # for the diversity
     images = np.concatenate([drawn for _, drawn in draw(run, prompts, EVALUATION, "evaluating")])
     diverse, scores = spread(run, images, prompts), {}
     for name, reward in {"reward": run.reward, **run.watched}.items():
@@ -550,12 +521,11 @@ def evaluate(run, epoch):
     write_json(path.with_suffix(".json"), lists)
     base = np.array(read_json(path.with_name("epoch_0000.json"))["rewards"])
     gain = scores["reward"] - base
-    error = gain.std(ddof=1) / len(base) ** 0.5
     metrics = {
         "eval_queries": epoch * run.config.samples_per_epoch,
         "eval_diversity": diverse,
         "eval_gain_sd": gain.mean() / max(base.std(), 1e-12),  # in the base model's deviations
-        "eval_gain_t": gain.mean() / max(error, 1e-12),  # paired
+        "eval_gain_t": gain.mean() / max(gain.std(ddof=1) / len(gain) ** 0.5, 1e-12),  # paired
     }
     for name, values in scores.items():
         metrics[f"eval_{name}_mean"] = values.mean()
@@ -566,11 +536,10 @@ def evaluate(run, epoch):
 def grid(images):
     """Pictures (B, H, W, 3) in rows, each at most 256 pixels wide -> PIL image."""
     side, tile = math.ceil(len(images) ** 0.5), min(images.shape[1], 256)
-    whole = Image.new("RGB", (side * tile, math.ceil(len(images) / side) * tile))
-    for i, image in enumerate(images):
-        place = (i % side * tile, i // side * tile)
-        whole.paste(Image.fromarray(image).resize((tile, tile)), place)
-    return whole
+    tiles = [np.asarray(Image.fromarray(image).resize((tile, tile))) for image in images]
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % side)
+    rows = [np.hstack(tiles[i : i + side]) for i in range(0, len(tiles), side)]
+    return Image.fromarray(np.vstack(rows))
 
 
 def write_checkpoint(run, epoch):
@@ -578,7 +547,6 @@ def write_checkpoint(run, epoch):
     aside = run.out / "checkpoints" / f"{epoch:06d}.tmp"
     moments = run.optimizer.state_dict()["state"]
     state = {"epoch": epoch, "algorithm": run.algorithm.state_dict()}
-    state["scaler"] = run.scaler.state_dict()
     with writing(aside):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -588,44 +556,36 @@ def write_checkpoint(run, epoch):
             unet.save(run.policy.unet, aside / "unet")
         tensors = {f"{i}.{name}": x for i, m in moments.items() for name, x in m.items()}
         unet.save_tensors(tensors, aside / "optimizer.safetensors")
-        write_json(aside / "state.json", state)
+        write_json(aside / "state.json", {**state, "scaler": run.scaler.state_dict()})
         os.replace(aside, aside.with_suffix(""))
         for old in run.checkpoints()[:-2]:
             shutil.rmtree(old)
 
 
 def read_checkpoint(run):
-    """Everything back from the newest whole checkpoint -> the epochs behind it; 0: none yet."""
-    if not run.checkpoints():
-        return 0
+    """Everything back from the newest whole checkpoint -> the epochs behind it."""
     folder, net = run.checkpoints()[-1], run.policy.unet
+    parameters, moments = run.optimizer.param_groups[0]["params"], {}
     try:
         if run.config.lora_rank:
             unet.load_lora(net, folder)
         else:
             net.load_state_dict(unet.load(unet.UNet, folder / "unet").state_dict())
-        read_moments(run.optimizer, folder / "optimizer.safetensors")
+        with safe_open(folder / "optimizer.safetensors", "pt") as file:
+            for key in file.keys():
+                i, name = key.split(".")
+                value = file.get_tensor(key)
+                if value.ndim:  # not `step`: laid out in memory as the parameter is
+                    value = torch.empty_like(parameters[int(i)]).copy_(value)
+                moments.setdefault(int(i), {})[name] = value
+        run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": moments})
         state = read_json(folder / "state.json")
         run.algorithm.load_state_dict(state["algorithm"])
         run.scaler.load_state_dict(state["scaler"])
     except Exception as error:  # whatever a broken file raises
-        way = "if it is broken, delete it to go on from the one before"
-        raise UserError(f"{folder} cannot be read ({error}); {way}") from error
+        raise UserError(f"{folder} cannot be read ({error}); if broken, delete it") from error
     print(f"resuming from {folder}")
     return state["epoch"]
-
-
-def read_moments(optimizer, path):
-    """The optimizer's state, each moment laid out in memory as its parameter is."""
-    parameters, state = optimizer.param_groups[0]["params"], {}
-    with safe_open(path, "pt") as file:
-        for key in file.keys():
-            i, name = key.split(".")
-            value = file.get_tensor(key)
-            if value.ndim:  # `step` is a scalar
-                value = torch.empty_like(parameters[int(i)]).copy_(value)
-            state.setdefault(int(i), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 @contextmanager
@@ -671,29 +631,22 @@ def write_metrics(run, metrics, evaluation):
     numbers = {n: v for n, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
     clean = {**dict.fromkeys(line), **numbers}  # JSON has no NaN: null in its place
     write_json(run.out / "metrics.jsonl", [*before, {**clean, "warnings": list(found)}])
-    print(summary(line, evaluation), flush=True)
+    text = "epoch {epoch:3d}  queries {reward_queries:6d}  reward {reward_mean:.3f} +- "
+    text += "{reward_std:.3f}  grad {grad_norm:.2g}  {seconds:.0f} s"
+    if line["approx_kl"] is not None:
+        text += "  kl {approx_kl:.1e}  clipped {clip_fraction:.0%}"
+    if evaluation:
+        text += "\n    fixed pictures: {eval_reward_mean:.3f} +- {eval_reward_std:.3f}"
+        text += ", gain {eval_gain_sd:.2f} sd of the base, t {eval_gain_t:.1f}"
+    seconds = sum(value for name, value in line.items() if name.startswith("seconds"))
+    print(text.format(**{**line, **evaluation}, seconds=seconds), flush=True)
     known = before[-1].get("warnings", []) if before else []
-    for name in found:
-        if name not in known:
-            print(f"warning ({name}), epoch {line['epoch']}: {found[name]}", flush=True)
+    for name in [name for name in found if name not in known]:
+        print(f"warning ({name}), epoch {line['epoch']}: {found[name]}", flush=True)
     if "not finite" in found:
         whole = run.checkpoints()
         advice = f"--resume from {whole[-1]}" if whole else "another --out: there is no checkpoint"
         raise UserError(f"epoch {line['epoch']}: {found['not finite']}, with {advice}")
-
-
-def summary(line, evaluation):
-    """An epoch's metrics as text."""
-    seconds = sum(value for name, value in line.items() if name.startswith("seconds"))
-    text = "epoch {epoch:3d}  queries {reward_queries:6d}  reward {reward_mean:8.3f}"
-    text += " +- {reward_std:.3f}  "
-    if line["approx_kl"] is not None:
-        text += "kl {approx_kl:.1e}  clipped {clip_fraction:4.0%}  "
-    text += "grad {grad_norm:.2g}  {seconds:.0f} s"
-    if evaluation:
-        text += "\n    fixed pictures: {eval_reward_mean:.3f} +- {eval_reward_std:.3f}, a gain of "
-        text += "{eval_gain_sd:.2f} of the base's deviations, {eval_gain_t:.1f} standard errors"
-    return text.format(**{**line, **evaluation, "seconds": seconds})
 
 
 def draw_curve(out, config):
@@ -703,8 +656,7 @@ def draw_curve(out, config):
     base, at = evaluated[0], [line["eval_queries"] for line in evaluated]
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    # an epoch's pictures are sampled before its updates
-    queries = [line["reward_queries"] - config.samples_per_epoch for line in lines]
+    queries = [line["reward_queries"] - config.samples_per_epoch for line in lines]  # when sampled
     means, stds = ([line[f"reward_{kind}"] for line in lines] for kind in ("mean", "std"))
     left.errorbar(queries, means, stds, alpha=0.5, label="training samples (mean, std)")
     left.plot(at, [line["eval_reward_mean"] for line in evaluated], "o-", label="fixed pictures")
@@ -722,9 +674,8 @@ def draw_curve(out, config):
 def main(argv=None):
     """The program. Only what the user can mend ends in one line; the rest keeps its traceback."""
     given = parse(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # not all terminals can print all prompts
+    if hasattr(sys.stdout, "reconfigure"):  # not all terminals can print all prompts
+        sys.stdout.reconfigure(errors="backslashreplace")
     # SIGTERM is torchrun's, when another process has died, or a job queue's: end as by Ctrl-C
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
