@@ -239,6 +239,26 @@ def test_pictures_are_shown_at_most_256_pixels_wide_in_rows():
     assert grid.sum() == images[4].sum() // 4
 
 
+def test_the_curve_shows_the_rewards_against_the_queries(zoo_run, tmp_path, monkeypatch):
+    """Training pictures where they were sampled, before their updates; gains from 0."""
+    figures = []
+    monkeypatch.setattr(train.Figure, "savefig", lambda figure, path: figures.append(figure))
+    CURVE(zoo_run, train.Config(samples_per_epoch=4))
+    left, right = figures[0].axes
+    lines = metrics(zoo_run)
+    training, fixed = left.lines[:2]
+    assert list(fixed.get_xdata()) == [0, 8]
+    assert list(fixed.get_ydata()) == [line["eval_reward_mean"] for line in lines]
+    assert list(training.get_xdata()) == [0, 4]
+    assert list(training.get_ydata()) == [line["reward_mean"] for line in lines]
+    gains = {curve.get_label(): list(curve.get_ydata()) for curve in right.lines}
+    assert set(gains) == {"reward", "aesthetic", "truth", "judged_right"}
+    for name, gain in gains.items():
+        first, last = (line[f"eval_{name}_mean"] for line in lines)
+        deviation = lines[0][f"eval_{name}_std"] or 1
+        assert gain == pytest.approx([0, (last - first) / deviation])
+
+
 def test_every_run_watches_the_other_rewards_and_the_diversity(zoo_run):
     line, record = metrics(zoo_run)[0], sampled(zoo_run, 0)
     for name in ("truth", "judged_right"):
@@ -395,6 +415,16 @@ def test_rewards_reach_the_update_normalised_prompt_by_prompt(tmp_path, monkeypa
     assert order == [{0, 1}, {2, 3}]  # in the order of sampling, which is random already
     line = metrics(folder)[0]
     assert line["reward_mean"] == 1.5 and line["reward_std"] == pytest.approx(1.25**0.5)
+
+
+def test_prompts_are_drawn_by_the_name_of_seed_and_epoch(tmp_path):
+    (tmp_path / "mine.py").write_text(NUMBERS)
+    options = ["--reward", f"{tmp_path}/mine.py:number", "--seed", "5"]
+    lines = shown(run(tmp_path / "run", *options, "--prompts", "common-animals"))
+    for epoch in (0, 1):
+        rng, animals = np.random.default_rng([5, epoch]), train.load_prompts("common-animals")
+        expected = train.draw_prompts(animals, 4, 2, rng)
+        assert [line["prompt"] for line in lines if line["epoch"] == epoch] == expected
 
 
 def test_eight_of_an_epochs_pictures_are_shown_or_less(tmp_path):
