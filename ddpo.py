@@ -530,7 +530,8 @@ class RWR(Algorithm):
 
     def losses(self, policy, rows):
         """-> losses (b,), and nothing to be logged of each row."""
-        x_t, timesteps, cond, noise, weights = rows
+        x_t, timesteps, cond = rows[:3]
+        noise, weights = rows[3:]
         guidance = 1.0 if self.settings.no_cfg_training else self.settings.guidance
         eps = predict_noise(policy.network, x_t, timesteps, cond, policy.uncond(), guidance)
         return denoising_loss(eps, noise, weights), {}

@@ -45,38 +45,39 @@ EVALUATION = 2**31  # stands for the epoch in the names of the fixed evaluation 
 
 def one_epoch(run, epoch):
     """Sample, reward, weigh, update: one round of the paper's loop -> metrics."""
-    c, clock = run.config, [time.time()]
-    rng = np.random.default_rng([c.seed, epoch])
-    prompts = draw_prompts(run.prompts, c.samples_per_epoch, c.samples_per_prompt, rng)
-    records, images = [], []
-    for trajectories, drawn in draw(run, prompts, epoch, f"epoch {epoch}: sampling"):
-        records.append(run.algorithm.record(trajectories))
-        images.append(drawn)
-    images = np.concatenate(images)
+    clock = [time.time()]
+    prompts = prompts_of_epoch(run, epoch)  # c ~ p(c), for all processes' samples
+    records, images = roll_out(run, prompts, epoch)  # x_T ... x_0 ~ p_theta, this one's share
     clock.append(time.time())
 
-    rewards = score(run, images, prompts, epoch)
+    rewards = score(run, images, prompts, epoch)  # r(x_0, c), of all samples
     observed = {"reward_mean": rewards.mean(), "reward_std": rewards.std()}
     observed["diversity"] = spread(run, images, prompts)
     del images  # 7.9 GB in a round of RWR on SD v1.4
     clock.append(time.time())
 
-    weights = run.algorithm.weights(prompts, torch.from_numpy(rewards))
-    learned = train_epoch(run, records, prompts, weights, epoch)
+    weights = run.algorithm.weights(prompts, torch.from_numpy(rewards))  # DDPO: A; RWR: w
+    learned = train_epoch(run, records, prompts, weights, epoch)  # theta
     clock.append(time.time())
 
     parts = ("seconds_sampling", "seconds_reward", "seconds_training")
     return {**observed, **learned, **dict(zip(parts, np.diff(clock).round(3).tolist()))}
 
 
-def draw(run, prompts, epoch, description):
-    """This process's share of the pictures -> yields Trajectories, images uint8 (b, H, W, 3)."""
+def prompts_of_epoch(run, epoch):
+    """The prompts of an epoch's samples, the same in all processes -> list of str."""
     c = run.config
-    run.optimizer.zero_grad()  # the last update's gradients make room: 3.4 GB of SD v1.4
-    names = [(c.seed, epoch, i) for i in share(range(len(prompts)))]
-    batches = math.ceil(len(names) / c.sample_batch)
-    with progress(description, "step", batches * c.steps) as bar:
-        yield from run.policy.sample(share(prompts), names, c.sample_batch, bar.update)
+    rng = np.random.default_rng([c.seed, epoch])
+    return draw_prompts(run.prompts, c.samples_per_epoch, c.samples_per_prompt, rng)
+
+
+def roll_out(run, prompts, epoch):
+    """Sample this process's share of the pictures -> what training needs of them, images."""
+    records, images = [], []
+    for trajectories, drawn in draw(run, prompts, epoch, f"epoch {epoch}: sampling"):
+        records.append(run.algorithm.record(trajectories))
+        images.append(drawn)
+    return records, np.concatenate(images)
 
 
 def score(run, images, prompts, epoch):
@@ -92,6 +93,34 @@ def score(run, images, prompts, epoch):
     return gathered(scores)
 
 
+def train_epoch(run, records, prompts, weights, epoch):
+    """The optimizer steps of an epoch -> metrics, averaged over them; null those of no ratio."""
+    c, algorithm, optimizer = run.config, run.algorithm, run.optimizer
+    name, before, updates = [c.seed, epoch, 1], epoch * c.updates, []  # 1: not the prompts' name
+    limits = (c.micro_batch, c.max_grad_norm, run.scaler)
+    if algorithm.fresh_optimizer:
+        optimizer.state.clear()
+        before = 0  # Adam's first steps again
+    with progress(f"epoch {epoch}: training", "update", c.updates) as bar:
+        for batch in algorithm.batches(run.policy, records, prompts, weights, name):
+            warm = min(1, (before + len(updates) + 1) / (c.warmup + 1))
+            optimizer.param_groups[0]["lr"] = c.lr * warm
+            updates.append(ddpo.optimizer_step(run.policy, algorithm, optimizer, batch, *limits))
+            bar.update()
+    optimizer.zero_grad()  # room for sampling: 3.4 GB of SD v1.4
+    ratios = ("approx_kl", "clip_fraction", "clip_fraction_by_step", "first_ratio_error")
+    return {**dict.fromkeys(ratios), **ddpo.averaged(updates)}
+
+
+def draw(run, prompts, epoch, description):
+    """This process's share of the pictures -> yields Trajectories, images uint8 (b, H, W, 3)."""
+    c = run.config
+    names = [(c.seed, epoch, i) for i in share(range(len(prompts)))]
+    batches = math.ceil(len(names) / c.sample_batch)
+    with progress(description, "step", batches * c.steps) as bar:
+        yield from run.policy.sample(share(prompts), names, c.sample_batch, bar.update)
+
+
 def gathered(values):
     """`ddpo.gather` of a numpy array or a tensor -> numpy array."""
     return gather(torch.as_tensor(values)).numpy()
@@ -100,23 +129,6 @@ def gathered(values):
 def spread(run, images, prompts):
     """The diversity of all processes' pictures; None without CLIP."""
     return diversity(gathered(run.clip(images)), prompts) if run.clip else None
-
-
-def train_epoch(run, records, prompts, weights, epoch):
-    """The optimizer steps of an epoch -> their metrics, averaged; None: there are no ratios."""
-    c, algorithm, optimizer = run.config, run.algorithm, run.optimizer
-    name, updates = [c.seed, epoch, 1], []
-    limits = (c.micro_batch, c.max_grad_norm, run.scaler)
-    if algorithm.fresh_optimizer:
-        optimizer.state.clear()
-    with progress(f"epoch {epoch}: training", "update", c.updates) as bar:
-        for batch in algorithm.batches(run.policy, records, prompts, weights, name):
-            number = epoch * c.updates + len(updates) + 1
-            optimizer.param_groups[0]["lr"] = c.lr * min(1, number / (c.warmup + 1))
-            updates.append(ddpo.optimizer_step(run.policy, algorithm, optimizer, batch, *limits))
-            bar.update()
-    ratios = ("approx_kl", "clip_fraction", "clip_fraction_by_step", "first_ratio_error")
-    return {**dict.fromkeys(ratios), **ddpo.averaged(updates)}
 
 
 def setting(default, help, rules="", least=None):
@@ -479,8 +491,8 @@ def loop(run):
     if writes:
         with writing(out):
             (out / "samples").mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", dataclasses.asdict(c))
         write_json(out / "prompts.json", {"prompts": run.prompts})
+        write_json(out / "config.json", dataclasses.asdict(c))  # last: with it --resume is possible
         for name in ("metrics.jsonl", "descriptions.jsonl"):
             write_json(out / name, read_lines(out / name, before=start))
     print(f"{c.algorithm} on {c.reward}, {c.epochs} epochs, into {out}", flush=True)

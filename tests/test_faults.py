@@ -194,3 +194,19 @@ def test_one_of_several_processes_that_cannot_find_the_others_is_refused(tmp_pat
         monkeypatch.delenv(name, raising=False)
     line = refusal(train.main, tiny("--out", str(tmp_path / "run")))
     assert "MASTER_ADDR, MASTER_PORT is not" in line and not (tmp_path / "run").exists()
+
+
+def test_warm_up_begins_anew_where_adam_does(tmp_path, monkeypatch):
+    """Once for DDPO; in each round for RWR, whose Adam is fresh."""
+    for algorithm, expected in (("ddpo-is", [1, 2, 3, 4]), ("rwr", [1, 2, 1, 2])):
+        rates, step = [], ddpo.optimizer_step
+
+        def spy(policy, algorithm, optimizer, *rest, rates=rates, step=step):
+            rates.append(optimizer.param_groups[0]["lr"])
+            return step(policy, algorithm, optimizer, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ddpo, "optimizer_step", spy)
+            options = ["--algorithm", algorithm, "--warmup", "9", "--lr", "1e-3", "--updates", "2"]
+            run(tmp_path / algorithm, *options)
+        assert rates == pytest.approx([n * 1e-4 for n in expected])

@@ -186,7 +186,8 @@ def test_a_batch_is_rows_of_x_t_timesteps_prompts_noise_and_weights():
     assert len(batches) == 50
     for n, batch in enumerate(batches):
         assert len(batch) == 8
-        x_t, t, cond, noise, row_weights = batch[:]
+        x_t, t, cond = batch[:][:3]
+        noise, row_weights = batch[:][3:]
         assert torch.equal(noise, named_noise((4, 8, 8), 8, *NAME, n))
         which = [weights.tolist().index(weight) for weight in row_weights.tolist()]
         expected = torch.stack([policy.embeds[prompts[i]] for i in which])
