@@ -311,6 +311,7 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def _layer(self, block, i, *inputs):
+        """Layer i of a block, its activations kept, or computed again in the backward pass."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block.layer, i, *inputs, use_reentrant=False)
         return block.layer(i, *inputs)
