@@ -161,7 +161,6 @@ class Llava:
         files = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
         folder = locate(name, "--vlm", files)
         self.processor = loading("--vlm", name, transformers.LlavaProcessor, folder)
-        self.processor.tokenizer.padding_side = "left"
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
         cls = transformers.LlavaForConditionalGeneration
         self.net = loading("--vlm", name, cls, folder, dtype=dtype).to(device)

@@ -10,6 +10,7 @@ import os
 import pickle
 import sys
 import time
+import types
 import warnings
 from types import SimpleNamespace
 
@@ -247,6 +248,21 @@ def test_bert_scores_do_not_depend_on_their_neighbours(minilm):
         assert alone[:, 0] == pytest.approx(together[:, i], abs=1e-5)
 
 
+def test_sentences_are_stripped_as_its_authors_do(minilm):
+    """A byte-pair tokenizer, as DeBERTa's, would make another token of "  cat"."""
+    score, seen = rewards.BertScore(minilm, 5, "cpu"), []
+    tokenizer = score.tokenizer
+
+    def spy(texts, **options):
+        seen.extend(texts)
+        return tokenizer(texts, **options)
+
+    spy.model_max_length = tokenizer.model_max_length
+    score.tokenizer = spy
+    score(["  a cat\n"], ["\tcat "])
+    assert seen == ["a cat", "cat"]
+
+
 def test_bert_score_by_hand():
     """Two tokens against two; a special token may be matched, but doesn't count; what the mask
     hides isn't even matched."""
@@ -288,7 +304,7 @@ def test_a_question_with_a_placeholder_for_the_picture_is_refused():
     assert "--vlm-question '<image> what is it?': leave <image> out" in said
 
 
-def test_the_zoos_llava_describes_each_picture_by_itself(zoo):
+def test_the_zoos_llava_describes_each_picture_by_itself(zoo, monkeypatch):
     """More pictures than one batch, in their order."""
     vlm = rewards.Llava(str(zoo.parent / "llava"), "cpu", batch=2)
     grounds = [(255, 0, 0), (0, 0, 255), (255, 0, 0), (0, 128, 0), (0, 0, 255)]
@@ -297,6 +313,8 @@ def test_the_zoos_llava_describes_each_picture_by_itself(zoo):
     assert len(answers) == 5 and all(answers)
     assert answers[0] == answers[2] != answers[1] == answers[4] != answers[3]
     assert "red" in answers[0] and "blue" in answers[1] and "green" in answers[3]
+    monkeypatch.setattr(vlm.processor, "batch_decode", lambda new, **_: [" a cat\n"] * len(new))
+    assert vlm(images, "what is in this picture?") == ["a cat"] * 5
 
 
 # A server that describes pictures, and its ways to fail
@@ -406,6 +424,23 @@ def test_one_failure_wakes_those_who_wait_to_try_again(server, monkeypatch):
     said = refused(vlm, wide(*range(1, 30)), "?")
     assert time.time() - begin < 4
     assert "HTTP 404" in said  # what ended it, not what it ended
+
+
+def test_an_interruption_wakes_those_who_wait_to_try_again(server, monkeypatch):
+    """Ctrl-C, while pictures are handed out."""
+    vlm = rewards.ChatServer(server.url, "tiny-vlm")
+    monkeypatch.setattr(rewards.ChatServer, "pause", 5.0)
+    server.then = 500
+
+    def images():
+        yield from wide(5, 6)
+        time.sleep(0.3)
+        raise KeyboardInterrupt
+
+    begin = time.time()
+    with pytest.raises(KeyboardInterrupt):
+        vlm(images(), "?")
+    assert time.time() - begin < 4
 
 
 def test_after_a_failure_the_server_may_be_asked_again(server):
@@ -581,14 +616,18 @@ def test_a_file_that_failed_is_tried_again_when_it_is_mended(written):
     assert own(path) is max
 
 
-@pytest.mark.parametrize("name", ["json", "tabnanny", "rewards", "train", "torch", "mine", "a.b-c"])
-def test_a_files_name_takes_no_other_modules_place(written, tmp_path, name):
-    """tabnanny: of Python's own, and not imported so far."""
+NAMES = ["json", "tabnanny", "rewards", "train", "torch", "mine", "a.b-c", "specless"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_files_name_takes_no_other_modules_place(written, tmp_path, monkeypatch, name):
+    """tabnanny: of Python's own, and not imported so far. specless: made by hand."""
+    monkeypatch.setitem(sys.modules, "specless", types.ModuleType("specless"))
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "mine.py").write_text("def f(images, prompts): return 'elsewhere'")
     assert own(tmp_path / "elsewhere" / "mine.py")(None, None) == "elsewhere"
     before = dict(sys.modules)
-    there = importlib.util.find_spec(name) if "." not in name else None
+    there = None if name in ("a.b-c", "specless") else importlib.util.find_spec(name)
     text = "import json\ndef f(images, prompts): return json.dumps([__name__ in sys.modules])"
     reward = own(written(f"{name}.py", "import sys\n" + text))
     assert reward(None, None) == "[true]"  # the real json, and a module of its own
