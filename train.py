@@ -214,14 +214,17 @@ def flag(name):
 
 def parse(argv):
     """Command line -> the options given there, as {name: value}."""
-    title = "Fine-tune Stable Diffusion by reinforcement learning (DDPO)."
+    title = (
+        "Fine-tune Stable Diffusion by reinforcement learning (DDPO). In brackets are defaults, "
+    )
+    title += "the paper's where it has one; algorithms and a model's ddpo.json bring others."
     parser = argparse.ArgumentParser(description=title, argument_default=argparse.SUPPRESS)
     kinds = {bool: {"action": "store_true"}, list: {"action": "append"}}
     for name, f in FIELDS.items():
         if name in HEADINGS:
             group = parser.add_argument_group(HEADINGS[name])
         options = kinds.get(f.type, {"type": f.type, "metavar": f.type.__name__})
-        default = f" [{f.default}]" if f.default not in (None, False) else ""
+        default = "" if f.default is None or f.type is bool else f" [{f.default}]"
         group.add_argument(flag(name), help=f.metadata["help"] + default, **options)
     return vars(placed(parser.parse_args(argv), Path()))
 

@@ -210,3 +210,16 @@ def test_warm_up_begins_anew_where_adam_does(tmp_path, monkeypatch):
             options = ["--algorithm", algorithm, "--warmup", "9", "--lr", "1e-3", "--updates", "2"]
             run(tmp_path / algorithm, *options)
         assert rates == pytest.approx([n * 1e-4 for n in expected])
+
+
+def test_help_shows_every_default_and_every_setting_has_a_line(capsys, monkeypatch):
+    """--warmup's 0 counted as none."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for name, f in train.FIELDS.items():
+        text = " ".join(f.metadata["help"].split())
+        if f.type is not bool and f.default is not None:
+            text += f" [{f.default}]"
+        assert train.flag(name) in said and text in said

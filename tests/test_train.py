@@ -376,8 +376,15 @@ def test_settings_reach_the_update(tmp_path, monkeypatch):
 
 
 def test_noises_are_named_by_seed_epoch_and_sample(tmp_path, monkeypatch):
-    spy = Spy(monkeypatch)
+    spy, sizes, real = Spy(monkeypatch), [], ddpo.sample
+
+    def watched(network, sampler, cond, *rest):
+        sizes.append(len(cond))
+        return real(network, sampler, cond, *rest)
+
+    monkeypatch.setattr(ddpo, "sample", watched)
     run(tmp_path, "--seed", "5", "--sample-batch", "3")
+    assert sizes == [3, 1] * 5  # in two epochs, and three times the fixed pictures
     for epoch in (0, 1):
         x_T = spy.calls[2 * epoch][1].trajectories.latents[:, 0]
         names = [(5, epoch, i) for i in range(4)]
