@@ -403,9 +403,10 @@ SWITCHES = [
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-    (partial(getattr, cudnn, "benchmark"), partial(setattr, cudnn, "benchmark")),
-    (partial(getattr, cudnn, "deterministic"), partial(setattr, cudnn, "deterministic")),
 ]
+FLAGS = [(cudnn, "benchmark"), (cudnn, "deterministic"), (torch.backends, "fp32_precision")]
+FLAGS += [(cudnn, "fp32_precision"), (cudnn, "allow_tf32")]  # TF32 has two APIs
+SWITCHES += [(partial(getattr, *flag), partial(setattr, *flag)) for flag in FLAGS]
 
 
 @contextmanager

@@ -928,6 +928,41 @@ def test_switches_that_a_reward_flips_are_flipped_back(written, where, flipped_b
     assert torch.utils._device.CURRENT_DEVICE is None  # no mode that makes every call slower
 
 
+FLIPS = {
+    "the old switches": "b.cuda.matmul.allow_tf32 = b.cudnn.allow_tf32 = True",
+    "the new one of all": "b.fp32_precision = 'tf32'",
+    "that of cuDNN": "b.cudnn.fp32_precision = 'tf32'",
+    "those of each": "b.cuda.matmul.fp32_precision = b.cudnn.conv.fp32_precision = 'tf32'",
+    "one of two": "b.cudnn.conv.fp32_precision = 'ieee'; b.cudnn.rnn.fp32_precision = 'tf32'",
+}
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+@pytest.mark.parametrize("flip", FLIPS.values(), ids=FLIPS)
+def test_tf32_is_flipped_back_through_whichever_api_it_was_flipped(flip, allowed, flipped_back):
+    """Samples drawn in float32 and trained on in TF32 have ratios that leave the clip range."""
+    backends = torch.backends
+    torch.set_float32_matmul_precision("high" if allowed else "highest")  # as train.py
+    backends.cudnn.allow_tf32 = allowed
+
+    def precisions():
+        new = [backends, backends.cuda.matmul, backends.cudnn]
+        new += [backends.cudnn.conv, backends.cudnn.rnn]
+        old = [backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32]
+        return old + [place.fp32_precision for place in new]
+
+    def reward(images, prompts):
+        exec(flip, {"b": backends})
+        return [1, 2, 3]
+
+    before = precisions()
+    assert before[:2] == [allowed, allowed]
+    for _ in range(2):  # what it leaves must not stop the next call
+        rewards.checked(reward, pictures(), "abc")
+        assert precisions() == before
+    backends.cudnn.allow_tf32 = True
+
+
 def test_a_reward_that_seeds_itself_repeats_itself():
     def seeded(images, prompts):
         torch.manual_seed(3)
