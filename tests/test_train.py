@@ -400,17 +400,21 @@ def shown(folder):
 
 NUMBERS = """
 def number(images, prompts):
-    return range(len(prompts)), {"about": prompts}
+    return list(range(len(prompts))), {"about": prompts}
+
+def large(images, prompts):
+    return [1e9 + i for i in range(len(prompts))], {"about": prompts}
 """
 
 
-def test_rewards_reach_the_update_normalised_prompt_by_prompt(tmp_path, monkeypatch):
+@pytest.mark.parametrize("reward, least", [("number", 0), ("large", 1e9)])
+def test_rewards_reach_the_update_normalised_prompt_by_prompt(reward, least, tmp_path, monkeypatch):
     """Two pictures of each prompt: by their own mean and deviation they are +1 and -1."""
     spy = Spy(monkeypatch)
     (tmp_path / "mine.py").write_text(NUMBERS)
-    folder = run(tmp_path / "run", "--reward", f"{tmp_path}/mine.py:number", "--epochs", "1")
+    folder = run(tmp_path / "run", "--reward", f"{tmp_path}/mine.py:{reward}", "--epochs", "1")
     lines = shown(folder)
-    assert [line["score"] for line in lines] == [0, 1, 2, 3]
+    assert [line["score"] - least for line in lines] == [0, 1, 2, 3]
     prompts = [line["prompt"] for line in lines]
     assert prompts == [line["about"] for line in lines]
     expected = [-1 if prompt in prompts[i + 1 :] else 1 for i, prompt in enumerate(prompts)]
@@ -421,7 +425,8 @@ def test_rewards_reach_the_update_normalised_prompt_by_prompt(tmp_path, monkeypa
     assert [found[i] for i in range(4)] == pytest.approx(expected, abs=1e-3)
     assert order == [{0, 1}, {2, 3}]  # in the order of sampling, which is random already
     line = metrics(folder)[0]
-    assert line["reward_mean"] == 1.5 and line["reward_std"] == pytest.approx(1.25**0.5)
+    assert line["reward_mean"] - least == 1.5
+    assert line["reward_std"] == pytest.approx(1.25**0.5)
 
 
 def test_prompts_are_drawn_by_the_name_of_seed_and_epoch(tmp_path):
@@ -477,6 +482,19 @@ def test_regression_runs_in_the_same_loop_and_resumes_exactly(algorithm, tmp_pat
     resume(cut, "--epochs", "2")
     assert equal(weights(cut, 2), weights(whole, 2))
     assert without_seconds(metrics(cut)) == without_seconds(metrics(whole))
+
+
+def test_each_epochs_regression_has_a_name_of_its_own(tmp_path, monkeypatch):
+    """From which its noises and timesteps are drawn; the prompts' is another."""
+    names, real = [], ddpo.RWR.batches
+
+    def watched(self, policy, records, prompts, weights, name):
+        names.append(name)
+        return real(self, policy, records, prompts, weights, name)
+
+    monkeypatch.setattr(ddpo.RWR, "batches", watched)
+    run(tmp_path, "--algorithm", "rwr", "--updates", "1", "--seed", "5")
+    assert names == [[5, 0, 1], [5, 1, 1]]
 
 
 def regression(spy, folder, *options):
@@ -911,7 +929,7 @@ def test_a_broken_ddpo_json_is_named(text, tmp_path):
 
 
 def test_a_models_settings_may_run_no_code_of_their_own(tmp_path):
-    for spec in ("../evil.py:f", "evil.py:f", "/tmp/evil.py:f", "compressibility,../../evil.py:f"):
+    for spec in ("../evil.py:f", "evil.py:g", "/tmp/evil.py:h", "a,../../evil.py:i,b"):
         (tmp_path / "ddpo.json").write_text(json.dumps({"all": {"metrics": spec}}))
         with pytest.raises(UserError, match="may run no code"):
             resolve({}, tmp_path)
