@@ -108,11 +108,33 @@ def run(arguments, folder, first=None):
     return seconds
 
 
-def mute():
-    """Of several processes only the first may write: in the others this fails."""
+def mute(folder):
+    """Of several processes only the first may write: in the others this fails.
+
+    At their end they say what has been written.
+    """
     for name in ("write_json", "write_checkpoint", "write_metrics", "draw_curve"):
         setattr(train, name, None)
     train.Image.Image.save = None
+    real = train.main
+
+    def main(arguments):
+        real(arguments)
+        names = [path.name for path in Path(folder, "checkpoints").iterdir()]
+        print("checkpoints:", names, file=sys.stderr)
+
+    train.main = main
+
+
+def linger():
+    """Write checkpoints slowly."""
+    real = train.write_checkpoint
+
+    def write_checkpoint(run, epoch):
+        time.sleep(0.3)
+        real(run, epoch)
+
+    train.write_checkpoint = write_checkpoint
 
 
 def pair(arguments, folder):
@@ -130,7 +152,7 @@ def pair(arguments, folder):
             "MASTER_PORT": str(port),
             "TORCHELASTIC_RUN_ID": "none",
         }
-        first = mute if rank else None
+        first = partial(mute, folder) if rank else linger
         pids.append(start([*arguments, "--out", folder], logs[rank], first, **environment))
     return [end(pid)[0] for pid in pids], [Path(log).read_text() for log in logs]
 
@@ -315,9 +337,12 @@ def one_and_two(pool, tmp_path_factory):
     two = [case for case in CASES if case != "full"]
     pairs = pool(pair, [(options[case], str(folder / f"{case}2")) for case in two])
     assert [codes for codes, _ in pairs] == [[0, 0]] * len(two), pairs
+    for _, logs in pairs:  # none ends before the last checkpoint is written
+        assert "checkpoints: ['000001']" in logs[1]
     out, errors = real.communicate(timeout=200)
     assert real.returncode == 0, errors
-    assert out.count("epoch   0") == 1  # one voice
+    said = out.splitlines()
+    assert out.count("epoch   0") == 1 and len(said) == len(set(said))  # one voice
     return {case: (folder / f"{case}1", folder / f"{case}2") for case in CASES}
 
 

@@ -173,6 +173,8 @@ def test_settings_reach_the_policy(checkpointing):
     base = unet.load(unet.UNet, small_model() / "unet")
     expected = unet.lora_weights(unet.add_lora(base, 2, 5))
     assert equal(unet.lora_weights(policy.unet), expected)
+    others = [*policy.vae.parameters(), *policy.text_encoder.parameters()]
+    assert not any(p.requires_grad for p in others)
 
 
 # Precision

@@ -242,7 +242,11 @@ def test_pictures_are_shown_at_most_256_pixels_wide_in_rows():
 def test_the_curve_shows_the_rewards_against_the_queries(zoo_run, tmp_path, monkeypatch):
     """Training pictures where they were sampled, before their updates; gains from 0."""
     figures = []
-    monkeypatch.setattr(train.Figure, "savefig", lambda figure, path: figures.append(figure))
+
+    def keep(figure, path):
+        figures.append(figure)
+
+    monkeypatch.setattr(train.Figure, "savefig", keep)
     CURVE(zoo_run, train.Config(samples_per_epoch=4))
     left, right = figures[0].axes
     lines = metrics(zoo_run)
@@ -437,6 +441,12 @@ def test_prompts_are_drawn_by_the_name_of_seed_and_epoch(tmp_path):
         rng, animals = np.random.default_rng([5, epoch]), train.load_prompts("common-animals")
         expected = train.draw_prompts(animals, 4, 2, rng)
         assert [line["prompt"] for line in lines if line["epoch"] == epoch] == expected
+
+
+def test_an_updates_pictures_are_of_several_prompts():
+    animals = train.load_prompts("common-animals")
+    drawn = train.draw_prompts(animals, 64, 8, np.random.default_rng(0))
+    assert all(len(set(drawn[start : start + 16])) > 4 for start in range(0, 64, 16))
 
 
 def test_eight_of_an_epochs_pictures_are_shown_or_less(tmp_path):
@@ -791,6 +801,13 @@ def test_a_reward_without_a_number_for_each_picture_ends_in_one_line(tmp_path):
     assert "reward bad must give one finite number for each of 4 pictures" in line
 
 
+@pytest.mark.parametrize("name", ["reward", "rewards", "prompts", "epoch"])
+def test_what_is_watched_may_not_have_a_name_that_is_taken(name, tmp_path):
+    (tmp_path / "mine.py").write_text(BRIGHTNESS.replace("brightness", name))
+    line = refusal(run, tmp_path / "run", "--metrics", f"{tmp_path}/mine.py:{name}")
+    assert "names must differ, also from epoch, prompts, reward, rewards" in line
+
+
 def failing_epoch(monkeypatch, error):
     """Let the first epoch fail."""
 
@@ -815,6 +832,19 @@ def test_a_job_queues_signal_is_as_ctrl_c(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "one_epoch", terminated)
     assert refusal(run, tmp_path).startswith("train.py: stopped; ")
+
+
+@pytest.mark.parametrize("world, then", [(1, signal.SIG_DFL), (2, signal.SIG_IGN)])
+def test_torchrun_does_not_end_a_process_before_its_line_comes_through(world, then, monkeypatch):
+    """It sends SIGTERM to all as soon as one has ended."""
+
+    def processes():
+        return 0, world
+
+    monkeypatch.setattr(ddpo, "processes", processes)
+    line = refusal(train.main, tiny("--eta", "1.5"))
+    assert line.startswith("train.py: process 0 of 2: --eta" if world == 2 else "train.py: --eta")
+    assert signal.getsignal(signal.SIGTERM) == then
 
 
 def test_debug_shows_where_a_refusal_comes_from(tmp_path, monkeypatch):
@@ -1000,6 +1030,29 @@ def test_every_option_has_one_line_of_help(capsys, monkeypatch):
         assert f"--{field.name.replace('_', '-')}" in text
     for heading in train.HEADINGS.values():
         assert f"{heading}:" in text
+
+
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
+    class Zeros:
+        def __init__(self, *shape, device):
+            self.device = torch.device(device)
+
+    def yes():
+        return True
+
+    def no():
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", no)
+    assert train.choose_device("auto") == train.choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch, "zeros", Zeros)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert train.choose_device("cuda") == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert train.choose_device("cuda") == torch.device("cuda:3")
+    assert train.choose_device("cuda:1") == torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", yes)
+    assert train.choose_device("auto") == torch.device("cuda:3")
 
 
 def test_auto_is_the_zoo_without_a_gpu_and_says_so(capsys):
