@@ -797,6 +797,13 @@ def test_a_config_is_checked_for_everything_that_is_used_later(small):
         assert_refused(words, unet.load, cls, folder)
 
 
+def test_odd_channels_are_refused_for_half_a_timestep_embedding_is_cosines(small):
+    cls, config, folder = small
+    odd = {"block_out_channels": [5, 10], "norm_num_groups": 5, "attention_head_dim": 1}
+    (folder / CONFIG).write_text(json.dumps({**config, **odd}))
+    assert_refused(r"block_out_channels = \[5, 10\].*multiples of 2", unet.load, cls, folder)
+
+
 def test_fields_that_say_the_same_as_sd_v1_or_nothing_are_taken(small):
     """As newer versions of diffusers write them, or none at all."""
     cls, config, folder = small
@@ -885,7 +892,14 @@ def test_sizes_that_the_weights_do_not_have_take_neither_memory_nor_time(small):
     huge = {**config, "block_out_channels": channels, "layers_per_block": 16}
     (folder / CONFIG).write_text(json.dumps(huge))
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    assert_refused(f"{WEIGHTS} does not fit", unet.load, cls, folder)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + 2**31  # 2 GB more, not all that the machine has
+    resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+    try:
+        assert_refused(f"{WEIGHTS} does not fit", unet.load, cls, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
     assert time.monotonic() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100e3  # kB
 
@@ -913,6 +927,19 @@ def test_loading_refuses_weights_that_lack_a_tensor_but_for_a_pooler(zoo, tmp_pa
         unet.loading("--model", "mine", CLIPTextModel, folder, dtype=torch.float32)
 
     assert_refused(rf"^--model mine: no CLIPTextModel in it: its weights lack .*{lost[-20:]}", call)
+
+
+def test_loading_runs_no_code_of_the_model_and_asks_no_hub(tmp_path):
+    asked = []
+
+    class Processor:
+        @classmethod
+        def from_pretrained(cls, folder, **options):
+            asked.append((folder, options))
+            return "a processor"
+
+    assert unet.loading("--clip", "mine", Processor, tmp_path) == "a processor"
+    assert asked == [(tmp_path, {"local_files_only": True, "trust_remote_code": False})]
 
 
 def test_loading_wants_no_pooler(tmp_path):
