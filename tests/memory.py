@@ -9,9 +9,9 @@ the updates. MemTracker adds up what is alive at each moment. What is not counte
 (about 0.5 GiB), cuDNN's workspaces, and what the allocator loses to fragmentation.
 
 The norms are made to compute in float32, as CUDA's autocast has them; the CPU's, which is used
-here, does not. What a run repeats is cut short, for memory does not depend on it: one step a
-picture, one batch of pictures, two updates, of which the second has two passes, so that moments and
-gradients are there. The trajectories of a whole epoch, 256 pictures of T = 50, are there too.
+here, does not. What a run repeats is cut short, for memory does not depend on it: two updates, the
+second of two passes, so that Adam's moments and gradients are there; then one batch of the next
+pictures, one step each. The trajectories of a whole epoch, 256 pictures of T = 50, are there too.
 """
 
 import argparse
@@ -183,26 +183,21 @@ def whole(embeds):
 
 
 def epoch(policy, micro_batch, scaler):
-    """Sampling, decoding, reward and two updates: of an epoch all but what needs numbers."""
+    """Two updates, then the next epoch's sampling: of an epoch all but what needs numbers."""
     trained = [p for p in policy.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     algorithm = Unmeasured(Config(batch_size=micro_batch))
-
-    def roll_out():
-        optimizer.zero_grad()
-        records = [whole(torch.empty(SAMPLES - micro_batch, 77, 768))]
-        names = [(0, 0, i) for i in range(micro_batch)]
-        for drawn, _ in policy.sample(["a cat"] * len(names), names, micro_batch):
-            records.append(algorithm.record(whole(drawn.prompt_embeds)))
-        return records
-
-    records = roll_out()
+    records = [whole(torch.empty(SAMPLES, 77, 768))]
     batches = algorithm.batches(policy, records, [], torch.ones(SAMPLES), [0, 0, 1])
     for passes, batch in zip((1, 2), batches):
         some = batch[: passes * micro_batch]
         ddpo.optimizer_step(policy, algorithm, optimizer, some, micro_batch, 1.0, scaler)
     del batch, batches, some, records
-    roll_out()  # the next epoch's: the optimizer's moments are there from now on
+    optimizer.zero_grad()
+    records = [whole(torch.empty(SAMPLES - micro_batch, 77, 768))]
+    names = [(0, 0, i) for i in range(micro_batch)]
+    for drawn, _ in policy.sample(["a cat"] * micro_batch, names, micro_batch):
+        records.append(algorithm.record(whole(drawn.prompt_embeds)))
 
 
 def peak(lora, checkpointing, micro_batch, dtype):
