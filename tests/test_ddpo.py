@@ -1255,12 +1255,20 @@ def test_advantages_of_an_epoch_by_hand():
 
 
 def test_a_small_spread_of_large_rewards_is_not_lost():
-    """1e9 +- 14: in float32 these are multiples of 64."""
-    rewards = 1e9 + torch.tensor([14.0, -14.0, 14.0, -14.0], dtype=torch.float64)
+    """1e9 + 7 +- 14: in float32 these are multiples of 64."""
+    rewards = 1e9 + torch.tensor([21.0, -7.0, 21.0, -7.0], dtype=torch.float64)
     for min_count in (16, 2):  # by the epoch's statistics, by the prompt's
         advantages = DDPO(choices(min_count=min_count)).weights(["a"] * 4, rewards)
         assert advantages.dtype == torch.float32
         assert advantages.tolist() == pytest.approx([1, -1, 1, -1], rel=1e-5)
+
+
+def test_advantages_are_float64s_of_numpy_rounded_once():
+    rewards = normal(64).double() * math.pi
+    r = rewards.numpy()
+    expected = ((r - r.mean()) / (r.std() + 1e-6)).astype(np.float32)
+    advantages = DDPO(choices(history_size=64)).weights(["a"] * 64, rewards)
+    assert advantages.numpy().tolist() == expected.tolist()
 
 
 def test_the_limit_of_advantages_can_be_set():
