@@ -410,7 +410,7 @@ class DDPO(Algorithm):
     @classmethod
     def settle(cls, settings, given):
         """Every picture is taken once an epoch."""
-        n, size = settings.samples_per_epoch, settings.batch_size
+        n, size = settings.samples_per_epoch, settings.batch_size or settings.samples_per_epoch
         require(settings.eta > 0, "--eta 0: a step without noise has no policy gradient")
         why = "DDPO's ratios need the same guidance in sampling and in training"
         require(not settings.no_cfg_training, f"--no-cfg-training is for rwr and rwr-sparse: {why}")
@@ -544,7 +544,7 @@ class RWRSparse(RWR):
         """1 for the samples that are kept, else 0."""
         weights = sparse_weights(prompts, rewards, self.settings.percentile)
         kept, expected = weights.mean().item(), 1 - self.settings.percentile
-        if kept > 2 * expected:
+        if kept > 2 * expected and rewards.std() > 0:  # alike, all are kept: an alarm says so
             why = "of few a prompt the best is kept anyway. Raise --samples-per-prompt"
             print(f"warning: rwr-sparse keeps {kept:.0%} of the samples, not {expected:.0%}: {why}")
         return weights

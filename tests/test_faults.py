@@ -223,3 +223,20 @@ def test_help_shows_every_default_and_every_setting_has_a_line(capsys, monkeypat
         if f.type is not bool and f.default is not None:
             text += f" [{f.default}]"
         assert train.flag(name) in said and text in said
+
+
+def test_a_plug_in_without_a_batch_size_takes_the_whole_epoch():
+    """TypeError: int % NoneType."""
+    settings = train.Config(samples_per_epoch=6)
+    ddpo.DDPO.settle(settings, {})
+    assert (settings.batch_size, settings.updates) == (6, 1)
+
+
+def test_rwr_sparse_blames_few_samples_only_where_they_are_the_cause(capsys):
+    """With all rewards alike it said to raise --samples-per-prompt."""
+    learner = ddpo.RWRSparse(train.Config())
+    alike, two = torch.ones(20, dtype=torch.float64), torch.tensor([1.0, 2.0], dtype=torch.float64)
+    assert learner.weights(["a cat"] * 20, alike).tolist() == [1] * 20
+    assert capsys.readouterr().out == ""
+    learner.weights(["a cat"] * 2, two)
+    assert "--samples-per-prompt" in capsys.readouterr().out
