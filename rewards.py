@@ -458,16 +458,17 @@ def load_object(spec, flag):
     return getattr(sys.modules[name], wanted)
 
 
-def make_reward(name, settings, device):
+def make_reward(name, settings, device, flag="--reward"):
     """The reward that `name` names, its models on `device`. Raises UserError.
 
-    name: one of `REWARDS`, or "file.py:function". settings: the model options of train.py.
+    name: one of `REWARDS`, or "file.py:function". settings: the model options of train.py; flag:
+    where the name was given.
     """
     if name in REWARDS:
         return REWARDS[name](settings, device)
-    require(".py:" in name, f"--reward {name}: neither {', '.join(REWARDS)} nor file.py:function")
-    reward = load_object(name, "--reward")
-    require(callable(reward), f"--reward {name}: that is not a function")
+    require(".py:" in name, f"{flag} {name}: neither {', '.join(REWARDS)} nor file.py:function")
+    reward = load_object(name, flag)
+    require(callable(reward), f"{flag} {name}: that is not a function")
     return reward
 
 

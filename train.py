@@ -185,7 +185,7 @@ class Config:
     vlm_question: str = setting("Answer concisely: what is going on in this image?", "its question")
     bert: str = setting("microsoft/deberta-xlarge-mnli", "BERTScore's encoder", "free")
     bert_layer: int = setting(40, "its layer (bert-score: 40)")
-    reward_device: str = setting(None, "for reward models, beside the sampling", "user free")
+    reward_device: str = setting(None, "where reward models run; else --device", "user free")
 
     seed: int = setting(0, "of everything random", "user", least=0)
     device: str = setting("auto", "cuda, cpu, mps ...; auto: cuda where there is one", "user free")
@@ -475,7 +475,9 @@ def load_rewards(config, device):
     reward = make_reward(config.reward, config, device)
     names = [name.strip() for name in config.metrics.split(",")]
     names = [name for name in names if name not in ("", config.reward)]
-    watched = {name.rpartition(":")[2]: make_reward(name, config, device) for name in names}
+    watched = {
+        name.rpartition(":")[2]: make_reward(name, config, device, "--metrics") for name in names
+    }
     taken = "epoch, prompts, reward, rewards"
     fits = len(watched) == len(names) and not {*taken.split(", ")} & {*watched}
     require(fits, f"--metrics {config.metrics}: names must differ, also from {taken}")

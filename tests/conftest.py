@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +37,17 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs --slow"))
+
+
+@pytest.fixture(autouse=True)
+def own_modules(tmp_path_factory):
+    """A user's file that a test imports is gone after it: many tests have a mine.py."""
+    path, base = [*sys.path], str(tmp_path_factory.getbasetemp())
+    yield
+    sys.path[:] = path
+    for name, module in [*sys.modules.items()]:
+        if str(getattr(module, "__file__", None)).startswith(base):
+            del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)

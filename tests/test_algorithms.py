@@ -1,7 +1,6 @@
 """The plug-ins of tutorial/algorithms, each against an independent computation."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -66,16 +65,7 @@ def test_settings_of_an_algorithms_own_are_checked(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def own_modules(monkeypatch):
-    """The README's files, once imported, are gone after a test."""
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    yield
-    for name in ("sign", "mine"):
-        sys.modules.pop(name, None)
-
-
-def test_the_readmes_own_algorithm_and_reward_work_as_printed(own_modules, tmp_path):
+def test_the_readmes_own_algorithm_and_reward_work_as_printed(tmp_path):
     """The blocks are cut out of it; their first line says file and command."""
     readme = (Path(train.__file__).parent / "README.md").read_text(encoding="utf-8")
     for file in ("sign.py", "mine.py"):

@@ -240,3 +240,9 @@ def test_rwr_sparse_blames_few_samples_only_where_they_are_the_cause(capsys):
     assert capsys.readouterr().out == ""
     learner.weights(["a cat"] * 2, two)
     assert "--samples-per-prompt" in capsys.readouterr().out
+
+
+def test_a_reward_to_watch_that_is_not_there_is_named_with_its_own_flag(tmp_path):
+    """The line named --reward."""
+    line = refusal(train.main, tiny("--metrics", "nowhere.py:f", "--out", str(tmp_path / "run")))
+    assert "--metrics nowhere.py:f" in line
