@@ -274,12 +274,12 @@ def policy_log_prob(unet, sampler, trajectories, i, k, uncond, guidance):
 
 
 def by_prompt(weigh, prompts, rewards):
-    """weigh(the rewards of one prompt (n,)) -> (n,), for each prompt by itself. -> (B,)."""
+    """weigh(the rewards of one prompt (n,)) -> (n,), for each prompt by itself. -> float32 (B,)."""
     weights, prompts = torch.empty_like(rewards), np.array(prompts)
     for prompt in np.unique(prompts):
         mine = torch.from_numpy(prompts == prompt)
         weights[mine] = weigh(rewards[mine])
-    return weights
+    return weights.float()
 
 
 def rwr_weights(prompts, rewards, beta):
@@ -289,11 +289,7 @@ def rwr_weights(prompts, rewards, beta):
 
     beta: the inverse temperature, per unit of reward. prompts: B str, rewards (B,) -> (B,).
     """
-
-    def weigh(r):
-        return len(r) * torch.softmax(beta * r, 0)
-
-    return by_prompt(weigh, prompts, rewards).float()
+    return by_prompt(lambda r: len(r) * torch.softmax(beta * r, 0), prompts, rewards)
 
 
 def sparse_weights(prompts, rewards, percentile):
@@ -302,11 +298,7 @@ def sparse_weights(prompts, rewards, percentile):
     Of up to 10 samples a prompt, 0.9 leaves the best one (interpolating between neighbours; equals
     are all kept). prompts: B str, rewards (B,) -> 0 or 1 each, (B,).
     """
-
-    def weigh(r):
-        return (r >= torch.quantile(r, percentile)).to(r)
-
-    return by_prompt(weigh, prompts, rewards).float()
+    return by_prompt(lambda r: (r >= torch.quantile(r, percentile)).to(r), prompts, rewards)
 
 
 def denoising_loss(eps, noise, weights):
@@ -448,19 +440,22 @@ class DDPO(Algorithm):
     def losses(self, policy, pairs):
         """-> losses (b,), what is to be logged of each pair {name: (b,)}."""
         now, old = self.log_probs(policy, pairs)
-        losses, _ = ppo_loss(now, old, pairs.advantages, self.settings.clip_range)
+        losses = self.estimator(now, old, pairs.advantages)
         return losses, {"k": pairs.k, "log_ratio": (now - old).detach()}
+
+    def estimator(self, log_prob, log_prob_old, advantages):
+        """The policy gradient's estimator, as a loss a pair. (b,), (b,), (b,) -> (b,)."""
+        return ppo_loss(log_prob, log_prob_old, advantages, self.settings.clip_range)[0]
 
     def metrics(self, logged):
         """How far the ratios are off 1, on either side, whether the clip is active or not."""
         k, off_1 = logged["k"], (logged["log_ratio"].exp() - 1).abs()
         outside = (off_1 > self.settings.clip_range).float()
+        by_step = [outside[k == step].mean() for step in k.unique()]
         return {
             "approx_kl": 0.5 * logged["log_ratio"].square().mean(),
             "clip_fraction": outside.mean(),
-            "clip_fraction_by_step": torch.stack(
-                [outside[k == step].mean() for step in k.unique()]
-            ),
+            "clip_fraction_by_step": torch.stack(by_step),
             "first_ratio_error": off_1.max(),  # `averaged` keeps that of the epoch's first update
         }
 
@@ -487,11 +482,9 @@ class DDPOScoreFunction(DDPO):
         settings.batch_size = n
         super().settle(settings, given)
 
-    def losses(self, policy, pairs):
-        """-> losses (b,), what is to be logged of each pair: its ratio should be 1."""
-        now, old = self.log_probs(policy, pairs)
-        losses = reinforce_loss(now, pairs.advantages)
-        return losses, {"k": pairs.k, "log_ratio": (now - old).detach()}
+    def estimator(self, log_prob, log_prob_old, advantages):
+        """Without a ratio: that is logged all the same, and should be 1."""
+        return reinforce_loss(log_prob, advantages)
 
 
 class RWR(Algorithm):
@@ -619,16 +612,15 @@ def alarms(lines, updates):
     values = [np.atleast_1d(v) for v in now.values() if isinstance(v, (int, float, list))]
     if not np.isfinite(np.concatenate(values)).all():
         return {"not finite": "not all metrics are finite numbers. Try a smaller --lr"}
-    error, norm = now.get("first_ratio_error") or 0, now["grad_norm"]
+    error = now.get("first_ratio_error") or 0
     if error > 1e-5:
-        found["ratio"] = f"the ratio is off 1 by {error:.1e} before the first update: training "
-        found["ratio"] += "computes another log-probability than sampling did. --micro-batch like "
-        found["ratio"] += "--sample-batch? the precision?"
+        what = f"the ratio is off 1 by {error:.1e} before the first update, for training computes"
+        found["ratio"] = f"{what} log p otherwise: is --micro-batch --sample-batch? the precision?"
     before = [line["grad_norm"] for line in lines[-21:-1] if line["grad_norm"]]  # 0: skipped
-    usual = np.median(before) if len(before) >= 3 else np.inf
-    if norm > 10 * usual:
-        found["gradient"] = f"the gradient's norm, {norm:.2g}, is over 10 times what it was "
-        found["gradient"] += f"({usual:.2g}). Try a smaller --lr"
+    times = now["grad_norm"] / np.median(before) if len(before) >= 3 else 0
+    if times > 10:
+        what = f"the gradient's norm is {times:.0f} times what it was"
+        found["gradient"] = f"{what}. Try a smaller --lr"
     if now.get("reward_std") == 0:
         found["spread"] = "all rewards of the epoch are alike: there is nothing to learn from them"
     elif updates > 1 and now["clip_fraction"] is not None and len(lines) >= 3:
@@ -640,19 +632,14 @@ def alarms(lines, updates):
         if outside > 0.9:
             found["clipping"] = what + "it moves too far. Try a smaller --lr or wider --clip-range"
     seen = [line for line in lines if line.get("eval_diversity")]
-    if seen and has_collapsed(seen[0], seen[-1]):
-        first, last = seen[0]["eval_diversity"], seen[-1]["eval_diversity"]
-        found["diversity"] = f"the reward rises while diversity falls ({first:.2f} -> {last:.2f}): "
-        found["diversity"] += "samples of a prompt grow alike. Look at samples/; stop here, or try "
-        found["diversity"] += "a smaller --lr or larger batches"
+    if seen:
+        first, last = seen[0], seen[-1]
+        risen = last["eval_reward_mean"] - first["eval_reward_mean"]
+        left = last["eval_diversity"] / first["eval_diversity"]
+        if risen > 0.5 * first["eval_reward_std"] and left < 0.5:
+            what = f"the reward rises while diversity falls, to {left:.0%} of the base model's"
+            found["diversity"] = f"{what}. Look at samples/; stop here, or try a smaller --lr"
     return found
-
-
-def has_collapsed(first, last):
-    """The reward up by half a deviation, and the diversity down to less than half?"""
-    risen = first["eval_reward_mean"] + 0.5 * first["eval_reward_std"]
-    fallen = 0.5 * first["eval_diversity"]
-    return last["eval_reward_mean"] > risen and last["eval_diversity"] < fallen
 
 
 def join(device):

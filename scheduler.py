@@ -56,6 +56,16 @@ def require(condition, message):
         raise UserError(message)
 
 
+def read_json(path):
+    """The object {name: value} in a JSON file. Raises UserError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    require(isinstance(value, dict), f"{path} is not a JSON object")
+    return value
+
+
 def expand(values, like):
     """(B,) -> (B, 1, 1, 1), to multiply a (B, 4, h, w)."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
@@ -190,13 +200,7 @@ class NoiseSchedule:
     def from_folder(cls, folder):
         """From `folder`/scheduler_config.json. Raises UserError."""
         path = Path(folder) / "scheduler_config.json"
-        require(path.is_file(), f"{path} is missing: no scheduler of a model as diffusers has it")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:  # not JSON, or not even text
-            raise UserError(f"{path} is not JSON: {error}") from None
-        require(isinstance(config, dict), f"{path} is not a JSON object")
-        return cls.from_config(config, path)
+        return cls.from_config(read_json(path), path)
 
     def to(self, device):
         """The same schedule on another device."""

@@ -5,9 +5,10 @@ them, weigh them prompt by prompt, take some optimizer steps. `one_epoch` is tha
 evaluation and checkpoints follow. The mathematics is in ddpo.py. Behind `torchrun` this program
 runs once a GPU: each process has its share of the samples, the first one writes.
 
-Settings: the command line, else the `ddpo.json` in the model's folder, else the paper's App. D.5.
-Not the paper's, and off by default: --samples-per-prompt, for statistics by prompt from the first
-epoch on; --warmup, for Adam's first steps move every weight by all of lr.
+Settings: the command line, else the `ddpo.json` in the model's folder, else the paper's App. D.5,
+in brackets in --help; algorithms bring others. Not the paper's, and off by default:
+--samples-per-prompt, for statistics by prompt from the first epoch on; --warmup, for Adam's first
+steps move every weight by all of lr.
 """
 
 import argparse
@@ -34,7 +35,7 @@ import ddpo
 import unet
 from ddpo import ALGORITHMS, gather, share
 from rewards import REWARDS, checked, clip_embedder, diversity, load_object, make_reward
-from scheduler import NoiseSchedule, Sampler, UserError, require
+from scheduler import NoiseSchedule, Sampler, UserError, read_json, require
 
 HERE = Path(__file__).parent
 ZOO = HERE / "tutorial" / "zoo" / "stable-diffusion"
@@ -45,12 +46,13 @@ EVALUATION = 2**31  # stands for the epoch in the names of the fixed evaluation 
 
 def one_epoch(run, epoch):
     """Sample, reward, weigh, update: one round of the paper's loop -> metrics."""
-    clock = [time.time()]
-    prompts = prompts_of_epoch(run, epoch)  # c ~ p(c), for all processes' samples
+    c, clock = run.config, [time.time()]
+    rng = np.random.default_rng([c.seed, epoch])  # so that all processes draw the same
+    prompts = draw_prompts(run.prompts, c.samples_per_epoch, c.samples_per_prompt, rng)  # c ~ p(c)
     records, images = roll_out(run, prompts, epoch)  # x_T ... x_0 ~ p_theta, this one's share
     clock.append(time.time())
 
-    rewards = score(run, images, prompts, epoch)  # r(x_0, c), of all samples
+    rewards, _ = score(run.reward, images, prompts)  # r(x_0, c), of all samples
     observed = {"reward_mean": rewards.mean(), "reward_std": rewards.std()}
     observed["diversity"] = spread(run, images, prompts)
     del images  # 7.9 GB in a round of RWR on SD v1.4
@@ -64,13 +66,6 @@ def one_epoch(run, epoch):
     return {**observed, **learned, **dict(zip(parts, np.diff(clock).round(3).tolist()))}
 
 
-def prompts_of_epoch(run, epoch):
-    """The prompts of an epoch's samples, the same in all processes -> list of str."""
-    c = run.config
-    rng = np.random.default_rng([c.seed, epoch])
-    return draw_prompts(run.prompts, c.samples_per_epoch, c.samples_per_prompt, rng)
-
-
 def roll_out(run, prompts, epoch):
     """Sample this process's share of the pictures -> what training needs of them, images."""
     records, images = [], []
@@ -80,17 +75,10 @@ def roll_out(run, prompts, epoch):
     return records, np.concatenate(images)
 
 
-def score(run, images, prompts, epoch):
-    """The rewards (N,) of all pictures; what they show of eight goes to descriptions.jsonl."""
-    mine = share(prompts)
-    scores, shown = checked(run.reward, images, mine)
-    if shown and ddpo.processes()[0] == 0:
-        lines = read_lines(run.out / "descriptions.jsonl")
-        for i in range(0, len(mine), math.ceil(len(mine) / 8)):
-            more = {name: values[i] for name, values in shown.items()}
-            lines.append({"epoch": epoch, "prompt": mine[i], "score": scores[i], **more})
-        write_json(run.out / "descriptions.jsonl", lines)
-    return gathered(scores)
+def score(reward, images, prompts):
+    """The rewards (N,) of all processes' pictures, and what the reward shows of this one's."""
+    scores, shown = checked(reward, images, share(prompts))
+    return gathered(scores), shown
 
 
 def train_epoch(run, records, prompts, weights, epoch):
@@ -214,11 +202,11 @@ def flag(name):
 
 def parse(argv):
     """Command line -> the options given there, as {name: value}."""
-    title = (
-        "Fine-tune Stable Diffusion by reinforcement learning (DDPO). In brackets are defaults, "
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    title += "the paper's where it has one; algorithms and a model's ddpo.json bring others."
-    parser = argparse.ArgumentParser(description=title, argument_default=argparse.SUPPRESS)
     kinds = {bool: {"action": "store_true"}, list: {"action": "append"}}
     for name, f in FIELDS.items():
         if name in HEADINGS:
@@ -233,7 +221,7 @@ def model_settings(folder, given):
     """The model's ddpo.json, {"all": {...}, by reward, algorithm or "lora": {...}}, or {}."""
     path, known = folder / "ddpo.json", ["all", *REWARDS, *ALGORITHMS, "lora"]
     own = read_json(path) if path.is_file() else {}
-    fits = isinstance(own, dict) and set(own) <= set(known) and {*map(type, own.values())} <= {dict}
+    fits = set(own) <= set(known) and {*map(type, own.values())} <= {dict}
     require(fits, f'{path}: needed is JSON such as {{"all": {{"lr": 0.1}}}}, of {", ".join(known)}')
     settings = [item for part in own.values() for item in part.items() if item[0] not in given]
     for name, value in settings:
@@ -300,8 +288,10 @@ def resumed(given):
         return given
     require(stored.is_file(), f"--resume needs --out, the run's folder; {out} holds no config.json")
     before = read_json(stored)
-    fits = isinstance(before, dict) and set(before) <= set(FIELDS)
-    require(fits, f"{stored} was written by another version of train.py, or by another program")
+    require(
+        set(before) <= set(FIELDS),
+        f"{stored} was written by another version of train.py, or by another program",
+    )
     for name, value in given.items():
         same = before.get(name) == value
         if ".py:" in str(value):  # the file may have moved
@@ -498,8 +488,7 @@ def loop(run):
             (out / "samples").mkdir(parents=True, exist_ok=True)
         write_json(out / "prompts.json", {"prompts": run.prompts})
         write_json(out / "config.json", dataclasses.asdict(c))  # last: with it --resume is possible
-        for name in ("metrics.jsonl", "descriptions.jsonl"):
-            write_json(out / name, read_lines(out / name, before=start))
+        write_json(out / "metrics.jsonl", read_lines(out / "metrics.jsonl", before=start))
     print(f"{c.algorithm} on {c.reward}, {c.epochs} epochs, into {out}", flush=True)
     for epoch in range(start, c.epochs):
         done, last = epoch + 1, epoch + 1 == c.epochs
@@ -524,9 +513,9 @@ def evaluate(run, epoch):
     """Reward the fixed prompts and noises; write the pictures and their rewards -> metrics."""
     prompts = 2 * spread_prompts(run.prompts, run.config.eval_samples // 2)  # for the diversity
     images = np.concatenate([drawn for _, drawn in draw(run, prompts, EVALUATION, "evaluating")])
-    diverse, scores = spread(run, images, prompts), {}
+    diverse, scores, shown = spread(run, images, prompts), {}, {}
     for name, reward in {"reward": run.reward, **run.watched}.items():
-        scores[name] = gathered(checked(reward, images, share(prompts))[0])
+        scores[name], shown[name] = score(reward, images, prompts)
     images = gathered(images)
     if ddpo.processes()[0]:
         return {}
@@ -535,7 +524,7 @@ def evaluate(run, epoch):
         grid(images).save(path)
     lists = {name: values.tolist() for name, values in scores.items()}
     lists = {"epoch": epoch, "prompts": prompts, "rewards": lists.pop("reward"), **lists}
-    write_json(path.with_suffix(".json"), lists)
+    write_json(path.with_suffix(".json"), {**lists, "shown": shown})
     base = np.array(read_json(path.with_name("epoch_0000.json"))["rewards"])
     gain = scores["reward"] - base
     metrics = {
@@ -623,14 +612,6 @@ def write_json(path, value):
     with writing(path):
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)
-
-
-def read_json(path):
-    """A JSON file's value. Raises UserError."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
 
 
 def read_lines(path, before=math.inf):

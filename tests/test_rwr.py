@@ -375,8 +375,8 @@ FAILING = [
     ({"clip_fraction_by_step": [0.0, math.inf]}, "not finite", "--lr"),
     ({"grad_norm": -math.inf}, "not finite", "--lr"),
     ({"first_ratio_error": 2e-5}, "ratio", "off 1 by 2.0e-05"),
-    ({"grad_norm": 4.1}, "gradient", "4.1, is over 10 times what it was (0.4)"),
-    ({"eval_diversity": 0.14, "eval_reward_mean": 5.6}, "diversity", "0.30 -> 0.14"),
+    ({"grad_norm": 4.1}, "gradient", "is 10 times what it was"),
+    ({"eval_diversity": 0.14, "eval_reward_mean": 5.6}, "diversity", "to 47% of the base"),
     ({"reward_std": 0.0}, "spread", "all rewards of the epoch are alike"),
 ]
 
