@@ -439,7 +439,10 @@ def prepare(given):
     prompts = read_json(out / "prompts.json")["prompts"] if c.resume else load_prompts(used.prompts)
 
     policy = load_policy(folder, device, c)
-    warn_of_twins(prompts, policy.tokenizer)
+    limit = policy.tokenizer.model_max_length
+    long = [prompt for prompt in prompts if len(policy.tokenizer(prompt).input_ids) > limit]
+    if long:
+        print(f"warning: {len(long)} prompts are read up to token {limit} only, as {long[0]!r}")
     algorithm = algorithm(used)
     set_own(algorithm, c.set)
     algorithm.setup(policy)
@@ -448,15 +451,6 @@ def prepare(given):
     optimizer = torch.optim.AdamW(trained, c.lr, **options)
     scaler = torch.amp.GradScaler(device.type, enabled=c.precision == "fp16")
     return Run(c, out, policy, algorithm, optimizer, scaler, prompts, *load_rewards(used, device))
-
-
-def warn_of_twins(prompts, tokenizer):
-    """Say where prompts differ only beyond what the text encoder reads."""
-    seen = {}
-    for prompt in prompts:
-        twin = seen.setdefault(tuple(tokenizer(prompt, truncation=True).input_ids), prompt)
-        if twin != prompt:
-            print(f"warning: alike in the tokens that are read: {twin!r}, {prompt!r}")
 
 
 def load_rewards(config, device):

@@ -21,7 +21,7 @@ from conftest import ROOT
 from PIL import Image, ImageDraw
 
 ZOO = ROOT / "tutorial" / "zoo"
-RECIPE = ["clip", "vae", "judge", "unet", "aesthetic", "bert", "llava"]
+RECIPE = ["clip", "vae", "unet", "judge", "aesthetic", "bert", "llava"]
 
 
 def draw_shape(name):
@@ -126,19 +126,22 @@ def test_the_recipe_makes_a_whole_zoo_from_nothing(start, art, tmp_path):
     figures = {
         "clip": r"the right caption of 256 for [\d.]+%",
         "vae": r"L1 0\.\d+, latents of std",
-        "judge": r"right on [\d.]+% of held-out composites, on [\d.]+% of nothings",
-        "unet": r"the judge names [\d.]+%",
+        "judge": r"drawn by networks: right on [\d.]+% of things, [\d.]+% of nothings",
+        "unet": r"unet step 2: loss",
         "aesthetic": r"rank correlation .* -?[\d.]+",
         "bert": r"layer 3: right first [\d.]+%",
         "llava": r"right on [\d.]+% of held-out composites",
     }
     for name, figure in figures.items():
         assert re.search(figure, said[name]), name
-    # called again, each has nothing left to do, and the UNet goes on from the one there is
+    # called again, each goes on from the network there is
     status, again = start("tutorial/zoo/train_judge.py", "--quick", "--zoo", zoo)
-    assert "resuming judge at step 2" in again
+    assert "judge-strict step 2" in again and "resuming" not in again
     status, again = start("tutorial/zoo/train_unet.py", "--quick", "--zoo", zoo)
     assert "unet-one-pose step 2" in again and "resuming" not in again
+    assert re.search(r"the judge names [\d.]+%", again)
+    status, again = start("tutorial/zoo/train_clip.py", "--quick", "--zoo", zoo)
+    assert "resuming clip at step 2" in again
 
 
 def test_gates_runs_on_a_few_pictures(start, art, tmp_path):

@@ -2,19 +2,35 @@
 
     python tutorial/zoo/train_judge.py
 
-Pictures of nothing are blurred, noisy and shuffled, as a bad model's are.
+Pictures of nothing are blurred, noisy, shuffled, or half-formed: the zoo's own VAE and UNet draw
+mixtures of two things, and things that their noise has left hardly a trace of. So that the judge
+does not take their style for a fault, they draw whole things too. The judge goes on from the one
+that the zoo has, or begins anew where there is none.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
 import judge as judge_module
 import loop
 import numpy as np
 import torch
 import torch.nn.functional as F
+import train_unet
 from PIL import Image, ImageFilter
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
-STEPS, BATCH = 1800, 64
+from ddpo import sample
+from scheduler import add_noise, expand, predicted_x0
+from unet import VAE, UNet, load, save_tensors
+
+BATCH = 64
+ANEW = {"steps": 1800}
+ONWARDS = {"steps": 1000, "lr": 0.01, "adam_lr": 1e-3}
+DRAWN = 12_800  # pictures by the zoo's networks, cached
 NOTHING = len(data.NAMES)  # its label
 
 
@@ -57,12 +73,85 @@ def shuffled(rng, pixels):
     return rows.reshape(data.SIZE, data.SIZE, 3)
 
 
-def composite(rng, art, name, colour):
-    """A composite a little off its place, sometimes a little blurred or noisy -> uint8 (64, 64, 3).
+def two_each(rng, art, n, device):
+    """n pairs of different things, each on a ground of its own -> pixels, pixels, names, names."""
+    pairs = [rng.choice(data.NAMES, 2, replace=False) for _ in range(n)]
+    pixels, names = [], []
+    for side in zip(*pairs):
+        varied = rng.random() < 0.5
+        drawn = [data.compose(rng, art, x, data.random_colour(rng), varied=varied) for x in side]
+        pixels.append(data.to_tensor(np.stack([picture.pixels for picture in drawn]), device))
+        names.append([str(name) for name in side])
+    return *pixels, *names
 
-    As a diffusion model's samples are.
+
+def whole_latents(rng, policy, z, names):
+    """Latents of whole things, some with the policy's eyes: x_0 as it sees it in a little noise."""
+    if rng.random() < 0.4:
+        return z + 0.1 * torch.randn(z.shape).to(z.device)
+    return seen_in_noise(policy, z, names, rng.integers(50, 400, len(z)))
+
+
+def half_formed_latents(rng, policy, z, other, names, others):
+    """Latents of two things mixed or grown together, or of one that has nearly drowned in noise."""
+    kind, n = rng.integers(4), len(z)
+    if kind == 0:
+        share = torch.as_tensor(rng.uniform(0.38, 0.62, n), dtype=z.dtype, device=z.device)
+        return expand(share, z) * z + expand(1 - share, z) * other
+    if kind == 1:  # each has a part of the picture, with a soft seam
+        mask = F.interpolate(torch.randn(n, 1, 3, 3), 8, mode="bicubic").mul(4).sigmoid()
+        return mask.to(z.device) * z + (1 - mask.to(z.device)) * other
+    if kind == 2:
+        return seen_in_noise(policy, z, names, rng.integers(780, 950, n))
+    context = (policy.embed(names) + policy.embed(others)) / 2  # asked for both
+    T = policy.sampler.T
+    noise = torch.randn(n, T + 1, *z.shape[1:]).to(z.device)
+    inputs = (context, policy.uncond(), noise, policy.guidance)
+    return sample(policy.network, policy.sampler, *inputs).latents[:, -1]
+
+
+def seen_in_noise(policy, z, names, timesteps):
+    """What the policy takes for x_0 when it sees a latent in the noise of a timestep."""
+    t = torch.as_tensor(timesteps, device=z.device)
+    alpha_bar = policy.sampler.schedule.alphas_bar[t]
+    noisy = add_noise(z, torch.randn(z.shape).to(z.device), alpha_bar)
+    eps = policy.network(noisy, t, policy.embed(names)).float()
+    return predicted_x0(eps, noisy, alpha_bar)
+
+
+@torch.no_grad()
+def drawn_by_networks(zoo, art, device, count):
+    """Things whole and half-formed by the zoo's networks, drawn once -> pixels, labels (count,).
+
+    uint8 (count, 64, 64, 3). Delete .data/drawn.safetensors when VAE or UNet have changed.
     """
-    pixels = data.compose(rng, art, name, colour).pixels
+    path = zoo / ".data" / "drawn.safetensors"
+    if not path.is_file():
+        folder, rng, size = zoo / "stable-diffusion", np.random.default_rng(11), min(64, count // 4)
+        policy = train_unet.load_policy(folder, load(VAE, folder / "vae").to(device), device)
+        policy.unet = load(UNet, folder / "unet").to(device)
+        pixels, labels = [], []
+        for n in tqdm(range(count // size), desc="drawn by the networks", mininterval=10):
+            x, y, names, others = two_each(rng, art, size, device)
+            z, whole = policy.vae.encode(x), n % 2 == 0
+            if whole:
+                z = whole_latents(rng, policy, z, names)
+            else:
+                z = half_formed_latents(rng, policy, z, policy.vae.encode(y), names, others)
+            pixels.append(torch.from_numpy(policy.decode(z)))
+            labels += [data.NAMES.index(name) if whole else NOTHING for name in names]
+        save_tensors({"pixels": torch.cat(pixels), "labels": torch.tensor(labels)}, path)
+    tensors = load_file(path)
+    return tensors["pixels"].numpy(), tensors["labels"].numpy()
+
+
+def composite(rng, art, name, colour):
+    """A composite, as a diffusion model's samples are -> uint8 (64, 64, 3)."""
+    return worn(rng, data.compose(rng, art, name, colour).pixels)
+
+
+def worn(rng, pixels):
+    """A picture a little off its place, maybe a little blurred or noisy. (64, 64, 3) -> same."""
     y, x = rng.integers(9, size=2)
     padded = np.pad(pixels, ((4, 4), (4, 4), (0, 0)), mode="edge")
     pixels = padded[y : y + data.SIZE, x : x + data.SIZE]
@@ -74,42 +163,55 @@ def composite(rng, art, name, colour):
     return pixels.clip(0, 255).astype(np.uint8)
 
 
-def batch(rng, art, n):
-    """-> pictures uint8 (n, 64, 64, 3), labels (n,)."""
-    labels = np.where(rng.random(n) < 0.15, NOTHING, rng.integers(NOTHING, size=n))
-    pictures = []
-    for label in labels:
+def batch(rng, art, drawn, n):
+    """Half of it drawn by the networks -> pictures uint8 (n, 64, 64, 3), labels (n,)."""
+    pixels, labels = drawn
+    some = rng.integers(len(labels), size=n // 2)
+    pictures = [worn(rng, pixels[i]) for i in some]
+    more = np.where(rng.random(n - n // 2) < 0.15, NOTHING, rng.integers(NOTHING, size=n - n // 2))
+    for label in more:
         if label == NOTHING:
             pictures.append(nothing(rng, art))
         else:
             pictures.append(composite(rng, art, data.NAMES[label], data.random_colour(rng)))
-    return np.stack(pictures), torch.as_tensor(labels)
+    return np.stack(pictures), torch.as_tensor(np.concatenate([labels[some], more]))
+
+
+def begin(zoo, device):
+    """The judge to start from -> the training's name, its rates, the network."""
+    torch.manual_seed(1000)
+    known = (zoo / "judge" / "model.safetensors").is_file()
+    net = judge_module.load_judge(zoo).requires_grad_(True) if known else judge_module.Judge()
+    net = net.to(device, memory_format=torch.channels_last)
+    return ("judge-strict", ONWARDS, net) if known else ("judge", ANEW, net)
 
 
 def main():
     options = data.options(__doc__)
     art, device = data.load_art(options.zoo), options.device
-    torch.manual_seed(1000)
-    judge = judge_module.Judge().to(device, memory_format=torch.channels_last)
+    count, few = (128, 64) if options.quick else (DRAWN, 1024)
+    pixels, labels = drawn_by_networks(options.zoo, art, torch.device(device), count)
+    fresh, drawn = (pixels[:few], labels[:few]), (pixels[few:], labels[few:])
 
     def loss(net, rng):
-        pictures, labels = batch(rng, art, BATCH)
+        pictures, labels = batch(rng, art, drawn, BATCH)
         logits = net(data.to_tensor(pictures, device))
         return F.cross_entropy(logits, labels.to(device), label_smoothing=0.05)
 
     @torch.no_grad()
     def look(net, step):
-        pictures, labels = batch(np.random.default_rng(12345), art, 1024)
+        pictures, labels = batch(np.random.default_rng(12345), art, fresh, 2 * few)
         right = net(data.to_tensor(pictures, device)).argmax(1).cpu() == labels
-        things, nothings = right[labels != NOTHING], right[labels == NOTHING]
-        print(
-            f"judge: right on {things.float().mean():.1%} of held-out composites, "
-            f"on {nothings.float().mean():.1%} of nothings",
-            flush=True,
-        )
+        for kind, some in (("drawn by networks", slice(few)), ("others", slice(few, None))):
+            things, right_here = labels[some] != NOTHING, right[some].float()
+            shares = f"{right_here[things].mean():.1%} of things, {right_here[~things].mean():.1%}"
+            print(f"judge, held-out pictures {kind}: right on {shares} of nothings", flush=True)
 
-    steps, cache = 2 if options.quick else STEPS, options.zoo / ".data"
-    judge = loop.train("judge", judge, loss, steps, cache, look=look, ema_decay=0.995)
+    name, rates, judge = begin(options.zoo, device)
+    if options.quick:
+        rates = {**rates, "steps": 2}
+    cache = options.zoo / ".data"
+    judge = loop.train(name, judge, loss, cache=cache, look=look, ema_decay=0.995, **rates)
     (options.zoo / "judge").mkdir(exist_ok=True)
     weights = {key: value.half().cpu().contiguous() for key, value in judge.state_dict().items()}
     save_file(weights, options.zoo / "judge" / "model.safetensors")
