@@ -16,6 +16,7 @@ import json
 import math
 import shlex
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -25,7 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 
 HERE = Path(__file__).resolve().parent
-COMMON = "--model zoo --device cpu --reward compressibility"
+ZOO = "--model zoo --device cpu"
+COMMON = f"{ZOO} --reward compressibility"
+RATES, SEEDS = ("2e-4", "4e-4", "8e-4"), (0, 1, 2)
+SEARCH_SEED = 3  # none of SEEDS
 QUERIES = 512  # reward queries of a cell and of a curve
 COST = 0.15  # the share of pictures, in the judge's eyes, that a winner may lose
 SMOKE = "--epochs 2 --steps 2 --samples-per-epoch 32 --eval-samples 4 "
@@ -262,7 +266,75 @@ def fig10(out, quick):
     return figure, table(header, rows)
 
 
-EXPERIMENTS = {"search": only_search, "fig4": fig4, "fig10": fig10}
+def rates(out, quick):
+    """The learning rate for each reward at the zoo's other defaults, on a seed of its own."""
+    rows, few = [], slice(1 if quick else None)
+    for reward in list(train.REWARDS)[few]:
+        outcomes = []
+        for rate in RATES[few]:
+            arguments = f"{ZOO} --reward {reward} --lr {rate} --seed {SEARCH_SEED}"
+            arguments += f" --eval-every 1000 {SMOKE if quick else ''}"
+            outcomes.append(outcome(run(out / "rates" / f"{reward}_{rate}", arguments)))
+        for i, (rate, found) in enumerate(zip(RATES, outcomes)):
+            mark = "**best**" if i == best(outcomes) else ""
+            rows.append([reward, f"`--lr {rate}`", *found.texts(), mark])
+    return None, table(["reward", "learning rate", *GAINS, ""], rows)
+
+
+def spread(values, digits, unit=""):
+    """mean ± standard deviation of a few seeds, and each of them -> str."""
+    mean, each = statistics.mean(values), ", ".join(f"{value:.{digits}f}" for value in values)
+    return f"{mean:.{digits}f} ± {statistics.pstdev(values):.{digits}f}{unit} ({each})"
+
+
+def rewards(out, quick):
+    """The four rewards at the zoo's defaults, three seeds each."""
+    figure, left, right = panels("reward queries")
+    left.set(ylabel="gain, standard deviations of the base")
+    rows, few = [], slice(1 if quick else None)
+    for reward in list(train.REWARDS)[few]:
+        curves, ends, seconds = [], [], []
+        for seed in SEEDS[few]:
+            arguments = f"{ZOO} --reward {reward} --seed {seed} {SMOKE if quick else ''}"
+            lines = lines_of(run(out / "rewards" / f"{reward}_{seed}", arguments))
+            curves.append([line for line in lines if "eval_queries" in line])
+            ends.append((curves[-1][0], curves[-1][-1]))
+            parts = [line[part] for line in lines for part in line if part.startswith("seconds")]
+            seconds.append(sum(parts))
+        queries = [line["eval_queries"] for line in curves[0]]
+        for axis, name in ((left, "eval_gain_sd"), (right, "eval_judged_right_mean")):
+            values = [[line[name] for line in at] for at in zip(*curves)]
+            axis.plot(queries, [statistics.mean(v) for v in values], "o-", label=reward)
+            axis.fill_between(
+                queries, [min(v) for v in values], [max(v) for v in values], alpha=0.2
+            )
+
+        def both(name, digits):
+            first, last = ([end[i][name] for end in ends] for i in (0, 1))
+            return f"{statistics.mean(first):.{digits}f} → {statistics.mean(last):.{digits}f}"
+
+        judge = [[100 * end["eval_judged_right_mean"] for end in pair] for pair in ends]
+        row = [f"`{reward}`", f"{lines[-1]['epoch'] + 1} / {queries[-1]}"]
+        row += [both("eval_reward_mean", 3), spread([last["eval_gain_sd"] for _, last in ends], 2)]
+        row += [f"{min(last['eval_gain_t'] for _, last in ends):.1f}"]
+        row += [
+            f"{statistics.mean(a for a, _ in judge):.0f} % → {spread([b for _, b in judge], 0)}"
+        ]
+        row += [both("eval_truth_mean", 2), both("eval_diversity", 2)]
+        rows.append([*row, f"{statistics.mean(seconds) / 60:.1f}"])
+    left.legend()
+    header = ["reward", "epochs / queries", "reward, fixed pictures", "gain, sd of the base"]
+    header += ["least paired s.e.", "judge, %", "raters' truth", "diversity", "minutes"]
+    return figure, table(header, rows)
+
+
+EXPERIMENTS = {
+    "rates": rates,
+    "rewards": rewards,
+    "search": only_search,
+    "fig4": fig4,
+    "fig10": fig10,
+}
 
 
 def write(name, figure, text, quick, out):
