@@ -65,15 +65,15 @@ def guided_noise(eps_uncond, eps_cond, guidance):
     return eps_uncond + guidance * (eps_cond - eps_uncond)
 
 
-def predict_noise(unet, x_t, timesteps, cond, uncond, guidance):
+def predict_noise(network, x_t, timesteps, cond, uncond, guidance):
     """The guided prediction, both halves in one pass. In training too: "CFG training", App. E.1.
 
     x_t (B, 4, h, w), timesteps (B,), cond (B, m, d), uncond (1, m, d) -> float32 (B, 4, h, w).
     """
     if guidance == 1:
-        return unet(x_t, timesteps, cond).float()
+        return network(x_t, timesteps, cond).float()
     context = torch.cat([uncond.expand_as(cond), cond])  # (2B, m, d)
-    eps = unet(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), context).float()
+    eps = network(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), context).float()
     eps_uncond, eps_cond = eps.chunk(2)
     return guided_noise(eps_uncond, eps_cond, guidance)
 
@@ -105,7 +105,7 @@ class Trajectories:
 
 
 @torch.no_grad()
-def sample(unet, sampler, cond, uncond, noise, guidance, tick=None):
+def sample(network, sampler, cond, uncond, noise, guidance, tick=None):
     """Sec. 4.3: roll out the policy. x_T ~ N(0, I), then T actions x_{t-1} ~ p_theta(. | x_t, c).
 
     cond (B, m, d); uncond (1, m, d), the empty prompt; noise (B, T+1, 4, h, w), for x_T and for
@@ -115,7 +115,7 @@ def sample(unet, sampler, cond, uncond, noise, guidance, tick=None):
     latents, log_probs = [x], []
     for k, timestep in enumerate(sampler.timesteps):
         t = timestep.expand(len(x))
-        eps = predict_noise(unet, x, t, cond, uncond, guidance)
+        eps = predict_noise(network, x, t, cond, uncond, guidance)
         x, mean, std = sampler.step(eps, x, t, noise[:, k + 1])
         latents.append(x)
         log_probs.append(gaussian_log_prob(x, mean, std))
@@ -149,7 +149,7 @@ class Policy:
         return torch.autocast(self.device.type, self.dtype)
 
     def network(self, x_t, timesteps, context):
-        """The UNet, in the precision asked for: what `sample` and the losses call `unet`."""
+        """The UNet, in the precision asked for: the `network` of `sample` and the losses."""
         with self.autocast():
             return self.unet(x_t, timesteps, context)
 
@@ -256,20 +256,20 @@ def ppo_loss(log_prob, log_prob_old, advantages, clip_range):
     return -torch.minimum(ratio * advantages, clipped * advantages), ratio
 
 
-def policy_mean_std(unet, sampler, trajectories, i, k, uncond, guidance):
+def policy_mean_std(network, sampler, trajectories, i, k, uncond, guidance):
     """The present policy's Gaussian in recorded states, with gradient.
 
     Pair j is state k_j (0: the noisiest) of trajectory i_j. i, k (b,)
     -> mean (b, 4, h, w), std (b,).
     """
     x_t, t = trajectories.latents[i, k], trajectories.timesteps[k]
-    eps = predict_noise(unet, x_t, t, trajectories.prompt_embeds[i], uncond, guidance)
+    eps = predict_noise(network, x_t, t, trajectories.prompt_embeds[i], uncond, guidance)
     return sampler.mean_std(eps, x_t, t)
 
 
-def policy_log_prob(unet, sampler, trajectories, i, k, uncond, guidance):
+def policy_log_prob(network, sampler, trajectories, i, k, uncond, guidance):
     """log p_theta(x_{t-1} | x_t, c) of recorded actions, pairs as above. i, k (b,) -> (b,)."""
-    mean, std = policy_mean_std(unet, sampler, trajectories, i, k, uncond, guidance)
+    mean, std = policy_mean_std(network, sampler, trajectories, i, k, uncond, guidance)
     return gaussian_log_prob(trajectories.latents[i, k + 1], mean, std)
 
 
