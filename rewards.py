@@ -33,10 +33,9 @@ import io
 import json
 import os
 import sys
-import threading
+import time
 import traceback
 import urllib.request
-import warnings
 from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -105,16 +104,9 @@ class AestheticHead(nn.Module):
 
     def __init__(self, d=768):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(d, 1024),
-            nn.Dropout(0.2),
-            nn.Linear(1024, 128),
-            nn.Dropout(0.2),
-            nn.Linear(128, 64),
-            nn.Dropout(0.1),
-            nn.Linear(64, 16),
-            nn.Linear(16, 1),
-        )
+        layers = [nn.Linear(d, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2)]
+        layers += [nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, embeds):
         return self.layers(embeds).squeeze(1)
@@ -128,8 +120,7 @@ def load_head(name):
     path = Path(name)
     if not path.is_file():
         folder = locate(name, "--aesthetic-head", ["model.safetensors", "aesthetic-model.pth"])
-        path = folder / "model.safetensors"
-        path = path if path.is_file() else folder / "aesthetic-model.pth"
+        path = next(folder.glob("model.safetensors"), folder / "aesthetic-model.pth")
     try:
         if path.suffix == ".safetensors":
             weights = load_file(path)
@@ -138,10 +129,9 @@ def load_head(name):
         head = AestheticHead(weights["layers.0.weight"].shape[1])
         head.load_state_dict({key: tensor.float() for key, tensor in weights.items()}, strict=True)
     except Exception as error:  # a file of another kind may raise anything; nothing in it was run
-        raise UserError(
-            f"--aesthetic-head {path} is not LAION's predictor (layers.0 .2 .4 .6 .7, weight and "
-            f"bias): {type(error).__name__}: {one_line(error)}"
-        ) from None
+        what = "LAION's predictor (layers.0 .2 .4 .6 .7, weight and bias)"
+        said = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"--aesthetic-head {path} is not {what}: {said}") from None
     return head.eval()
 
 
@@ -201,7 +191,6 @@ class ChatServer:
         needed = "must begin with http:// or https://, as http://localhost:8000/v1"
         require(self.url.startswith(("http://", "https://")), f"--vlm-url {url}: {needed}")
         self.key = os.environ.get("VLM_API_KEY", "").strip() or "none"
-        self.over = threading.Event()  # set when no one need try again
         listed = self.ask("models", lambda reply: [entry["id"] for entry in reply["data"]])
         self.model = model if model in listed or not listed else listed[0]
         self.name = f"{self.model} at {self.url}"
@@ -209,12 +198,12 @@ class ChatServer:
     def ask(self, path, read, body=None):
         """What `read` finds in the server's reply to a GET, or to a POST of `body`."""
         data = json.dumps(body).encode() if body else None
+        # urllib's own User-Agent is turned away by many
         headers = {"Content-Type": "application/json", "User-Agent": "ddpo"}
         request = urllib.request.Request(f"{self.url}/{path}", data, headers)
         request.add_unredirected_header("Authorization", f"Bearer {self.key}")
         for attempt in range(self.tries):
-            if self.over.wait(self.pause * 2 ** (attempt - 1) if attempt else 0):
-                return ""  # to no one
+            time.sleep(self.pause * 2 ** (attempt - 1) if attempt else 0)
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as reply:
                     return read(json.load(reply))
@@ -224,7 +213,6 @@ class ChatServer:
                     break  # our fault: asking again won't help
             except Exception as error:  # a server may cause many kinds, and all mean the same
                 reason = f"{type(error).__name__}: {one_line(error)}"
-        self.over.set()
         tried = f"no answer from {path} in {attempt + 1} of {self.tries} tries, is it up?"
         raise UserError(f"--vlm-url {self.url}: {tried} The last: {reason}")
 
@@ -237,17 +225,9 @@ class ChatServer:
         return self.ask("chat/completions", lambda r: r["choices"][0]["message"]["content"], body)
 
     def __call__(self, images, question):
-        self.over.clear()
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            try:
-                answers = list(pool.map(partial(self.describe, question), images))
-            finally:  # after a failure, or Ctrl-C, the rest is dropped and no one waits
-                self.over.set()
-        answers = [(answer or "").strip() for answer in answers]
-        if answers and not any(answers):
-            why = "says nothing about any picture of a batch, which scores 0; can it see?"
-            warnings.warn(f"--vlm-url {self.url}: {self.model} {why}")  # shown once
-        return answers
+        with ThreadPoolExecutor(self.concurrency) as pool:  # a failure drops those not yet asked
+            answers = list(pool.map(partial(self.describe, question), images))
+        return [(answer or "").strip() for answer in answers]
 
 
 def bert_score(candidates, references):
@@ -338,28 +318,21 @@ def make_aesthetic(settings, device):
     clip = clip_embedder(settings.clip, device)
     head = load_head(settings.aesthetic_head)
     wanted, given = head.layers[0].in_features, clip.net.config.projection_dim
-    require(
-        wanted == given,
-        f"--aesthetic-head {settings.aesthetic_head} wants embeddings of {wanted} numbers, "
-        f"--clip {settings.clip} gives {given}",
-    )
-    print(f"aesthetic score: {settings.aesthetic_head} on the embeddings of {settings.clip}")
+    sizes = f"wants embeddings of {wanted} numbers, --clip {settings.clip} gives {given}"
+    require(wanted == given, f"--aesthetic-head {settings.aesthetic_head} {sizes}")
     return partial(aesthetic, clip=clip, head=head)
 
 
 def make_alignment(settings, device):
     """`alignment` with its models on `device`, or behind --vlm-url. Raises UserError."""
     question = settings.vlm_question
-    require(
-        "<image>" not in question,
-        f"--vlm-question {question!r}: leave <image> out, the picture goes in by itself",
-    )
+    hint = "leave <image> out, the picture goes in by itself"
+    require("<image>" not in question, f"--vlm-question {question!r}: {hint}")
     score = BertScore(settings.bert, settings.bert_layer, device)
     url, vlm = settings.vlm_url, settings.vlm
     describe = ChatServer(url, vlm) if url else Llava(vlm, device)
-    print(
-        f"alignment: described by {describe.name}, scored by {settings.bert}, layer {score.layer}"
-    )
+    scorer = f"{settings.bert}, layer {score.layer}"
+    print(f"alignment: described by {describe.name}, scored by {scorer}")
     return partial(alignment, describe=describe, score=score, question=question)
 
 
@@ -398,7 +371,7 @@ def load_object(spec, flag):
     require(found, f"{flag} {spec}: there is no such file; needed: file.py:name")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    importlib.invalidate_caches()
+    importlib.invalidate_caches()  # of folders: the file may be new in one
     try:
         with restored():
             module = importlib.import_module(path.stem)
@@ -414,10 +387,9 @@ def load_object(spec, flag):
 
 
 def make_reward(name, settings, device, flag="--reward"):
-    """The reward that `name` names, its models on `device`. Raises UserError.
+    """One of `REWARDS`, its models on `device`, or "file.py:function". Raises UserError.
 
-    name: one of `REWARDS`, or "file.py:function". settings: the model options of train.py; flag:
-    where the name was given.
+    settings: the model options of train.py; flag: where the name was given.
     """
     if name in REWARDS:
         return REWARDS[name](settings, device)
@@ -427,17 +399,12 @@ def make_reward(name, settings, device, flag="--reward"):
     return reward
 
 
-def plain(value):
-    """A tensor or array, of any type and on any device, as Python's numbers; all else as it is."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
 def listed(values):
-    """What has an order, generators too, as a list of plain values; None for all else."""
-    values = plain(values)
+    """Anything that has an order, tensors and generators too, as a list; None for all else."""
+    values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, Iterable) or isinstance(values, (str, bytes, Mapping, Set)):
         return None
-    return [plain(value) for value in values]
+    return [value.tolist() if hasattr(value, "tolist") else value for value in values]
 
 
 def checked(reward, images, prompts):
@@ -446,22 +413,18 @@ def checked(reward, images, prompts):
     uint8 (B, H, W, 3), B str -> float64 (B,), {name: list of B}. Raises UserError for an answer of
     another kind; an error inside the reward stays what it is.
     """
-    B, shown = len(prompts), None
+    B, shown = len(prompts), {}
     with restored():  # a generator's code runs in here too
         given = reward(images.copy(), list(prompts))
-        pair = isinstance(given, tuple) and len(given) == 2
-        if pair and isinstance(given[1], (Mapping, type(None))):
+        if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping):
             given, shown = given
         scores = listed(given)
-        shown = {key: listed(values) for key, values in (shown or {}).items()}
-    function = getattr(reward, "func", reward)  # of a partial
-    name = getattr(function, "__name__", type(function).__name__)
+        shown = {key: listed(values) for key, values in shown.items()}
+    who = f"the reward {one_line(getattr(reward, '__name__', reward))} must"
     right = scores is not None and len(scores) == B
-    require(
-        right and all(isinstance(x, Real) and abs(x) <= sys.float_info.max for x in scores),
-        f"the reward {name} must give one finite number for each of {B} pictures; "
-        f"it gave {one_line(given if scores is None else scores)}",
-    )
+    right = right and all(isinstance(x, Real) and abs(x) <= sys.float_info.max for x in scores)
+    said = f"it gave {one_line(given if scores is None else scores)}"
+    require(right, f"{who} give one finite number for each of {B} pictures; {said}")
     odd = [key for key, values in shown.items() if values is None or len(values) != B]
-    require(not odd, f"the reward {name} must show one thing for each of {B} pictures as {odd}")
+    require(not odd, f"{who} show one thing for each of {B} pictures as {odd}")
     return np.array(scores, dtype=np.float64), shown

@@ -392,11 +392,11 @@ def test_lasting_trouble_ends_in_one_line(server, trouble, words, monkeypatch):
     vlm = rewards.ChatServer(server.url, "tiny-vlm")
     server.then = trouble
     with pytest.raises(UserError, match=words) as caught:
-        vlm(wide(*range(1, 101)), "?")
+        vlm(wide(*range(1, 401)), "?")
     said = str(caught.value)
     assert f"--vlm-url {server.url}" in said and "\n" not in said
     asked = [body["messages"][0]["content"][0]["image_url"]["url"] for body in server.bodies]
-    assert len(set(asked)) < 70  # the queue behind a failure is dropped
+    assert len(set(asked)) < 280  # the queue behind a failure is dropped
     final = trouble in (404, 401)
     assert ("in 1 of 5 tries" if final else "in 5 of 5 tries") in said
     assert not final or len(asked) == len(set(asked))  # our own fault: not asked twice
@@ -409,34 +409,6 @@ def test_a_request_is_tried_again_after_growing_pauses(server, monkeypatch):
     begin = time.time()
     vlm(wide(5), "?")
     assert 1.4 <= time.time() - begin < 2.5  # 0.2 + 0.4 + 0.8
-
-
-def test_one_failure_wakes_those_who_wait_to_try_again(server, monkeypatch):
-    vlm = rewards.ChatServer(server.url, "tiny-vlm")
-    monkeypatch.setattr(rewards.ChatServer, "pause", 5.0)
-    server.plan = [500] * 8 + [404]
-    server.then = 500
-    begin = time.time()
-    said = refused(vlm, wide(*range(1, 30)), "?")
-    assert time.time() - begin < 4
-    assert "HTTP 404" in said  # what ended it, not what it ended
-
-
-def test_an_interruption_wakes_those_who_wait_to_try_again(server, monkeypatch):
-    """Ctrl-C, while pictures are handed out."""
-    vlm = rewards.ChatServer(server.url, "tiny-vlm")
-    monkeypatch.setattr(rewards.ChatServer, "pause", 5.0)
-    server.then = 500
-
-    def images():
-        yield from wide(5, 6)
-        time.sleep(0.3)
-        raise KeyboardInterrupt
-
-    begin = time.time()
-    with pytest.raises(KeyboardInterrupt):
-        vlm(images(), "?")
-    assert time.time() - begin < 4
 
 
 def test_after_a_failure_the_server_may_be_asked_again(server):
@@ -465,33 +437,15 @@ def test_an_empty_answer_is_scored_zero(server, minilm, how):
     )
     alignment = rewards.make_reward("alignment", settings, "cpu")
     server.plan = [how]
-    with pytest.warns(UserWarning, match="--vlm-url"):
-        scores, shown = alignment(wide(5), ["a cat"])
+    scores, shown = alignment(wide(5), ["a cat"])
     assert scores.tolist() == [0] and shown == {"description": [""]}
     scores, shown = alignment(wide(5), ["5 pixels of JPEG"])
     assert scores == pytest.approx([1], abs=1e-5)
     assert shown == {"description": ["5 pixels of JPEG"]}
 
 
-@pytest.mark.parametrize("how", ["empty", "null"])
-def test_a_server_that_says_nothing_of_any_picture_is_named_once(server, how):
-    vlm = rewards.ChatServer(server.url, "any")
-    server.plan = [how]
-    with warnings.catch_warnings(record=True, action="default") as said:
-        assert sorted(vlm(wide(5, 6), "?"))[0] == ""  # one of two
-        assert said == []
-        server.then = how
-        for count in (2, 2, 3):
-            assert vlm(wide(5, 6, 7)[:count], "?") == [""] * count
-        assert vlm([], "?") == []
-    (warning,) = [str(one.message) for one in said]
-    assert f"--vlm-url {server.url}: tiny-vlm says nothing about any picture" in warning
-
-
-def test_a_batch_of_no_pictures_is_no_silence(server):
-    vlm = rewards.ChatServer(server.url, "any")
-    with warnings.catch_warnings(action="error"):
-        assert vlm([], "?") == []
+def test_a_batch_of_no_pictures_has_no_answers(server):
+    assert rewards.ChatServer(server.url, "any")([], "?") == []
 
 
 # A reward of one's own
@@ -672,7 +626,6 @@ GOOD = {
     "parameters": [torch.nn.Parameter(torch.tensor(score)) for score in THREE],
     "tensor's generator": lambda: (torch.tensor(score).bfloat16() for score in THREE),
     "tuple of arrays": (np.float32(0.5), torch.tensor(-1.0), 2),
-    "with nothing to show": (THREE, None),
     "with an empty show": (torch.tensor(THREE), {}),
 }
 
@@ -742,6 +695,7 @@ BAD = {
     "a class": lambda: Odd,
     "scores for a text": (THREE, "abc"),
     "scores for a list": (THREE, [1, 2, 3]),
+    "scores for nothing": (THREE, None),
     "three things": (THREE, {}, {}),
     "in an array of objects": np.array([0.5, None, "x"], dtype=object),
 }
@@ -792,7 +746,8 @@ def test_a_reward_is_named_whatever_it_is():
             return None
 
     for reward in (Reward(), functools.partial(Reward())):
-        assert "the reward Reward must" in refused(rewards.checked, reward, pictures(), "abc")
+        said = refused(rewards.checked, reward, pictures(), "abc")
+        assert "Reward" in said.partition(" must give one finite number ")[0]
 
 
 def test_an_error_inside_a_reward_stays_what_it_is_and_where_it_is(written):
