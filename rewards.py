@@ -28,13 +28,14 @@ LAION predictor (sac+logos+ava1-l14-linearMSE) on which CLIP (ViT-L/14), BERTSco
 """
 
 import base64
-import importlib.util
+import importlib
 import io
+import json
 import os
 import sys
-import threading
+import time
 import traceback
-import warnings
+import urllib.request
 from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -46,11 +47,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import InferenceClient, get_session
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
-from torch.backends import cudnn
 
 from scheduler import UserError, require
 from unet import loading, locate, one_line
@@ -105,16 +104,9 @@ class AestheticHead(nn.Module):
 
     def __init__(self, d=768):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(d, 1024),
-            nn.Dropout(0.2),
-            nn.Linear(1024, 128),
-            nn.Dropout(0.2),
-            nn.Linear(128, 64),
-            nn.Dropout(0.1),
-            nn.Linear(64, 16),
-            nn.Linear(16, 1),
-        )
+        layers = [nn.Linear(d, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2)]
+        layers += [nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, embeds):
         return self.layers(embeds).squeeze(1)
@@ -128,8 +120,7 @@ def load_head(name):
     path = Path(name)
     if not path.is_file():
         folder = locate(name, "--aesthetic-head", ["model.safetensors", "aesthetic-model.pth"])
-        path = folder / "model.safetensors"
-        path = path if path.is_file() else folder / "aesthetic-model.pth"
+        path = next(folder.glob("model.safetensors"), folder / "aesthetic-model.pth")
     try:
         if path.suffix == ".safetensors":
             weights = load_file(path)
@@ -138,10 +129,9 @@ def load_head(name):
         head = AestheticHead(weights["layers.0.weight"].shape[1])
         head.load_state_dict({key: tensor.float() for key, tensor in weights.items()}, strict=True)
     except Exception as error:  # a file of another kind may raise anything; nothing in it was run
-        raise UserError(
-            f"--aesthetic-head {path} is not LAION's predictor (layers.0 .2 .4 .6 .7, weight and "
-            f"bias): {type(error).__name__}: {one_line(error)}"
-        ) from None
+        what = "LAION's predictor (layers.0 .2 .4 .6 .7, weight and bias)"
+        said = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"--aesthetic-head {path} is not {what}: {said}") from None
     return head.eval()
 
 
@@ -187,9 +177,8 @@ class ChatServer:
     """A vision-language model behind a server that speaks OpenAI's chat completions (vLLM, Ollama).
 
     images uint8 (B, H, W, 3), question -> list of B str, where an empty answer is an answer.
-    huggingface_hub's client asks; what is ours is the patience: `concurrency` requests at a time,
-    each tried `tries` times with growing pauses where the server hangs, fails or answers nonsense.
-    Raises UserError when it stays away. The environment's VLM_API_KEY is its key, if it wants one.
+    `concurrency` requests at a time, each tried `tries` times with growing pauses where the server
+    hangs, fails or answers nonsense. Raises UserError when it stays away. Its key is VLM_API_KEY.
     """
 
     timeout = 60.0  # seconds, for a request
@@ -199,77 +188,46 @@ class ChatServer:
 
     def __init__(self, url, model):
         self.url = url.rstrip("/")
-        require(
-            self.url.startswith(("http://", "https://")),
-            f"--vlm-url {url}: must begin with http:// or https://, as http://localhost:8000/v1",
-        )
-        # without a key of its own the client sends the hub's token to whatever server it is given
+        needed = "must begin with http:// or https://, as http://localhost:8000/v1"
+        require(self.url.startswith(("http://", "https://")), f"--vlm-url {url}: {needed}")
         self.key = os.environ.get("VLM_API_KEY", "").strip() or "none"
-        url = f"{self.url}/chat/completions"
-        self.client = InferenceClient(base_url=url, api_key=self.key, timeout=self.timeout)
-        self.over = threading.Event()  # set when no one need try again
-        self.failure = ""  # what ended it
-        served = self.persist("models", self.served)
-        self.model = model if model in served or not served else served[0]
+        listed = self.ask("models", lambda reply: [entry["id"] for entry in reply["data"]])
+        self.model = model if model in listed or not listed else listed[0]
         self.name = f"{self.model} at {self.url}"
 
-    def served(self):
-        """The names of the models that the server lists. Lifts HF_HUB_OFFLINE for this server."""
-        session = get_session()
-        request = session.build_request("GET", f"{self.url}/models", timeout=self.timeout)
-        request.headers["Authorization"] = f"Bearer {self.key}"
-        hooks = session.event_hooks
+    def ask(self, path, read, body=None):
+        """What `read` finds in the server's reply to a GET, or to a POST of `body`."""
+        data = json.dumps(body).encode() if body else None
+        # urllib's own User-Agent is turned away by many
+        headers = {"Content-Type": "application/json", "User-Agent": "ddpo"}
+        request = urllib.request.Request(f"{self.url}/{path}", data, headers)
+        request.add_unredirected_header("Authorization", f"Bearer {self.key}")
+        for attempt in range(self.tries):
+            time.sleep(self.pause * 2 ** (attempt - 1) if attempt else 0)
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                    return read(json.load(reply))
+            except urllib.error.HTTPError as error:
+                reason = f"HTTP {error.code} {one_line(error.read().decode(errors='replace'))}"
+                if error.code < 500 and error.code not in (408, 429):
+                    break  # our fault: asking again won't help
+            except Exception as error:  # a server may cause many kinds, and all mean the same
+                reason = f"{type(error).__name__}: {one_line(error)}"
+        tried = f"no answer from {path} in {attempt + 1} of {self.tries} tries, is it up?"
+        raise UserError(f"--vlm-url {self.url}: {tried} The last: {reason}")
 
-        def stop_others(other):
-            for hook in hooks["request"] if other.url.netloc != request.url.netloc else []:
-                hook(other)
-
-        session.event_hooks = {**hooks, "request": [stop_others]}
-        reply = session.send(request)
-        reply.raise_for_status()
-        return [entry["id"] for entry in reply.json()["data"]]
-
-    def ask(self, question, image):
+    def describe(self, question, image):
         """The model's answer to a question about one picture, uint8 (H, W, 3)."""
         data = base64.b64encode(jpeg(image, 80)).decode()
         picture = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
         turns = [{"role": "user", "content": [picture, {"type": "text", "text": question}]}]
-        reply = self.client.chat_completion(turns, model=self.model, max_tokens=64, temperature=0)
-        return (reply.choices[0].message.content or "").strip()
-
-    def persist(self, path, ask, *arguments):
-        """ask(*arguments), again and again where that may help. `path` is for the message."""
-        for attempt in range(self.tries):
-            if self.over.wait(self.pause * 2 ** (attempt - 1) if attempt else 0):
-                raise UserError(self.failure)
-            try:
-                return ask(*arguments)
-            except Exception as error:  # a server may cause many kinds, and all mean the same
-                reason = f"{type(error).__name__}: {one_line(error)}"
-                reply = getattr(error, "response", None)
-            if reply is not None:
-                reason = f"HTTP {reply.status_code} {one_line(reply.text)}"
-                if reply.status_code < 500 and reply.status_code not in (408, 429):
-                    break  # our fault: asking again won't help
-        self.failure = (
-            f"--vlm-url {self.url}: no answer from {path} in {attempt + 1} of {self.tries} tries, "
-            f"is it up? The last: {reason}"
-        )
-        self.over.set()
-        raise UserError(self.failure)
+        body = {"model": self.model, "messages": turns, "max_tokens": 64, "temperature": 0}
+        return self.ask("chat/completions", lambda r: r["choices"][0]["message"]["content"], body)
 
     def __call__(self, images, question):
-        self.over.clear()
-        ask = partial(self.persist, "chat/completions", self.ask, question)
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            try:
-                answers = list(pool.map(ask, images))
-            finally:  # after a failure, or Ctrl-C, the rest is dropped and no one waits
-                self.over.set()
-        if answers and not any(answers):
-            why = "says nothing about any picture of a batch, which scores 0; can it see?"
-            warnings.warn(f"--vlm-url {self.url}: {self.model} {why}")  # shown once
-        return answers
+        with ThreadPoolExecutor(self.concurrency) as pool:  # a failure drops those not yet asked
+            answers = list(pool.map(partial(self.describe, question), images))
+        return [(answer or "").strip() for answer in answers]
 
 
 def bert_score(candidates, references):
@@ -360,28 +318,21 @@ def make_aesthetic(settings, device):
     clip = clip_embedder(settings.clip, device)
     head = load_head(settings.aesthetic_head)
     wanted, given = head.layers[0].in_features, clip.net.config.projection_dim
-    require(
-        wanted == given,
-        f"--aesthetic-head {settings.aesthetic_head} wants embeddings of {wanted} numbers, "
-        f"--clip {settings.clip} gives {given}",
-    )
-    print(f"aesthetic score: {settings.aesthetic_head} on the embeddings of {settings.clip}")
+    sizes = f"wants embeddings of {wanted} numbers, --clip {settings.clip} gives {given}"
+    require(wanted == given, f"--aesthetic-head {settings.aesthetic_head} {sizes}")
     return partial(aesthetic, clip=clip, head=head)
 
 
 def make_alignment(settings, device):
     """`alignment` with its models on `device`, or behind --vlm-url. Raises UserError."""
     question = settings.vlm_question
-    require(
-        "<image>" not in question,
-        f"--vlm-question {question!r}: leave <image> out, the picture goes in by itself",
-    )
+    hint = "leave <image> out, the picture goes in by itself"
+    require("<image>" not in question, f"--vlm-question {question!r}: {hint}")
     score = BertScore(settings.bert, settings.bert_layer, device)
     url, vlm = settings.vlm_url, settings.vlm
     describe = ChatServer(url, vlm) if url else Llava(vlm, device)
-    print(
-        f"alignment: described by {describe.name}, scored by {settings.bert}, layer {score.layer}"
-    )
+    scorer = f"{settings.bert}, layer {score.layer}"
+    print(f"alignment: described by {describe.name}, scored by {scorer}")
     return partial(alignment, describe=describe, score=score, question=question)
 
 
@@ -393,45 +344,26 @@ REWARDS = {  # name: maker(settings of train.py, device) -> reward
 }
 
 
-# What anybody's code may flip for the whole process: how to read it, how to set it.
-SWITCHES = [
-    (os.getcwd, os.chdir),
-    (np.geterr, lambda states: np.seterr(**states)),
-    (torch.is_grad_enabled, torch.set_grad_enabled),
-    (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_default_device, lambda d: torch.set_default_device(d if d.type != "cpu" else None)),
-    (torch.get_num_threads, torch.set_num_threads),
-    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
-    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-]
-FLAGS = [(cudnn, "benchmark"), (cudnn, "deterministic"), (torch.backends, "fp32_precision")]
-FLAGS += [(cudnn, "fp32_precision"), (cudnn, "allow_tf32")]  # TF32 has two APIs
-SWITCHES += [(partial(getattr, *flag), partial(setattr, *flag)) for flag in FLAGS]
-
-
 @contextmanager
 def restored():
-    """Run anybody's code: what it flips is flipped back."""
-    before = [get() for get, _ in SWITCHES]
+    """Run anybody's code: what it likely flips for the whole process is flipped back."""
+    folder, threads, dtype = os.getcwd(), torch.get_num_threads(), torch.get_default_dtype()
+    device, matmul = torch.get_default_device(), torch.get_float32_matmul_precision()
     try:
-        yield
+        with torch.set_grad_enabled(torch.is_grad_enabled()), np.errstate():
+            yield
     finally:
-        for (_, put), value in zip(SWITCHES, before):
-            put(value)
-
-
-def leads_elsewhere(name, path):
-    """Whether `import name` gives another module than the file `path`."""
-    found = sys.modules.get(name) or importlib.util.find_spec(name)
-    file = getattr(found, "__file__", None) or getattr(found, "origin", None)
-    return found is not None and Path(file or "").resolve() != path
+        os.chdir(folder)
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None if device.type == "cpu" else device)
+        torch.set_float32_matmul_precision(matmul)
 
 
 def load_object(spec, flag):
     """What "file.py:name", the value of `flag`, names. Raises UserError, with the line at fault.
 
-    The file is imported as Python would, once, but in no other module's place: its folder comes
-    last on sys.path, and a name that is taken gets a "_".
+    The file is imported as Python would, once, its folder last on sys.path.
     """
     file, _, wanted = spec.rpartition(":")
     path = Path(file).resolve()
@@ -439,30 +371,25 @@ def load_object(spec, flag):
     require(found, f"{flag} {spec}: there is no such file; needed: file.py:name")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
-    name = path.stem.replace(".", "_")
-    while leads_elsewhere(name, path):
-        name += "_"
-    if name not in sys.modules:
-        module_spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(module_spec)
-        try:
-            with restored():
-                module_spec.loader.exec_module(sys.modules[name])
-        except (Exception, SystemExit) as error:  # it is the user's code: any
-            del sys.modules[name]
-            frames = traceback.extract_tb(error.__traceback__)
-            lines = [f"line {frame.lineno}: " for frame in frames if frame.filename == str(path)]
-            said = f"{''.join(lines[-1:])}{type(error).__name__}: {one_line(error)}"
-            raise UserError(f"{flag} {spec}: {said}") from error
-    require(hasattr(sys.modules[name], wanted), f"{flag} {spec}: {path} defines no {wanted!r}")
-    return getattr(sys.modules[name], wanted)
+    importlib.invalidate_caches()  # of folders: the file may be new in one
+    try:
+        with restored():
+            module = importlib.import_module(path.stem)
+    except (Exception, SystemExit) as error:  # it is the user's code: any
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f"line {frame.lineno}: " for frame in frames if frame.filename == str(path)]
+        said = f"{''.join(lines[-1:])}{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{flag} {spec}: {said}") from error
+    given = Path(getattr(module, "__file__", None) or "").resolve()
+    require(given == path, f"{flag} {spec}: rename it, {path.stem} is another module's name")
+    require(hasattr(module, wanted), f"{flag} {spec}: {path} defines no {wanted!r}")
+    return getattr(module, wanted)
 
 
 def make_reward(name, settings, device, flag="--reward"):
-    """The reward that `name` names, its models on `device`. Raises UserError.
+    """One of `REWARDS`, its models on `device`, or "file.py:function". Raises UserError.
 
-    name: one of `REWARDS`, or "file.py:function". settings: the model options of train.py; flag:
-    where the name was given.
+    settings: the model options of train.py; flag: where the name was given.
     """
     if name in REWARDS:
         return REWARDS[name](settings, device)
@@ -472,20 +399,12 @@ def make_reward(name, settings, device, flag="--reward"):
     return reward
 
 
-def plain(value):
-    """A tensor or array, of any type and on any device, as Python's numbers; all else as it is."""
-    try:
-        return value.tolist() if hasattr(value, "tolist") else value
-    except RuntimeError:  # it holds no numbers, as on the meta device
-        return None
-
-
 def listed(values):
-    """What has an order, generators too, as a list of plain values; None for all else."""
-    values = plain(values)
+    """Anything that has an order, tensors and generators too, as a list; None for all else."""
+    values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, Iterable) or isinstance(values, (str, bytes, Mapping, Set)):
         return None
-    return [plain(value) for value in values]
+    return [value.tolist() if hasattr(value, "tolist") else value for value in values]
 
 
 def checked(reward, images, prompts):
@@ -494,22 +413,18 @@ def checked(reward, images, prompts):
     uint8 (B, H, W, 3), B str -> float64 (B,), {name: list of B}. Raises UserError for an answer of
     another kind; an error inside the reward stays what it is.
     """
-    B, shown = len(prompts), None
+    B, shown = len(prompts), {}
     with restored():  # a generator's code runs in here too
         given = reward(images.copy(), list(prompts))
-        pair = isinstance(given, tuple) and len(given) == 2
-        if pair and isinstance(given[1], (Mapping, type(None))):
+        if isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping):
             given, shown = given
         scores = listed(given)
-        shown = {key: listed(values) for key, values in (shown or {}).items()}
-    function = getattr(reward, "func", reward)  # of a partial
-    name = getattr(function, "__name__", type(function).__name__)
+        shown = {key: listed(values) for key, values in shown.items()}
+    who = f"the reward {one_line(getattr(reward, '__name__', reward))} must"
     right = scores is not None and len(scores) == B
-    require(
-        right and all(isinstance(x, Real) and abs(x) <= sys.float_info.max for x in scores),
-        f"the reward {name} must give one finite number for each of {B} pictures; "
-        f"it gave {one_line(given if scores is None else scores)}",
-    )
+    right = right and all(isinstance(x, Real) and abs(x) <= sys.float_info.max for x in scores)
+    said = f"it gave {one_line(given if scores is None else scores)}"
+    require(right, f"{who} give one finite number for each of {B} pictures; {said}")
     odd = [key for key, values in shown.items() if values is None or len(values) != B]
-    require(not odd, f"the reward {name} must show one thing for each of {B} pictures as {odd}")
+    require(not odd, f"{who} show one thing for each of {B} pictures as {odd}")
     return np.array(scores, dtype=np.float64), shown

@@ -18,12 +18,13 @@ import json
 import math
 import os
 import reprlib
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -41,25 +42,15 @@ STABLE_DIFFUSION += ["tokenizer/*", "scheduler/*", "ddpo.json"]
 # The attention's projections in VAE files of 2022, SD v1.4's among them, and their names of today.
 RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-# What a config may ask for though its weights don't show it: false, null or absent in SD v1.x,
+# What a config may ask for though its weights don't show it: 0, false, null or absent in SD v1.x,
 UNUSED_FIELDS = """
-addition_embed_type center_input_sample class_embed_type dropout dual_cross_attention latents_mean
-latents_std num_attention_heads num_class_embeds only_cross_attention resnet_skip_time_act
-shift_factor time_embedding_act_fn timestep_post_act upcast_attention use_linear_projection
+center_input_sample dropout freq_shift latents_mean latents_std num_attention_heads shift_factor
+resnet_skip_time_act time_embedding_act_fn timestep_post_act upcast_attention use_linear_projection
 """.split()
 
 # or absent or of this value.
-FIXED_FIELDS = {
-    "act_fn": "silu",
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "resnet_out_scale_factor": 1,
-    "resnet_time_scale_shift": "default",
-    "time_embedding_type": "positional",
-}
+FIXED_FIELDS = {"act_fn": "silu", "flip_sin_to_cos": True, "downsample_padding": 1}
+FIXED_FIELDS |= {"mid_block_scale_factor": 1, "resnet_out_scale_factor": 1}
 
 MOST = 2**14  # of channels, heads or groups: more are a mistake
 
@@ -189,7 +180,7 @@ class VAEAttention(Attention):
 class Downsample(nn.Module):
     """A convolution of stride 2, padded all around by 1, or by 0 as the VAE's: right and below."""
 
-    def __init__(self, dim, padding):
+    def __init__(self, dim, padding=1):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, stride=2, padding=padding)
 
@@ -264,8 +255,8 @@ class UNet(nn.Module):
         down, up = attends(config, "Down", len(channels)), attends(config, "Up", len(channels))
         context_dim = number(config, "cross_attention_dim", 1, MOST)
         heads = number(config, "attention_head_dim", 1, MOST)  # so the files call it
-        for c in channels:
-            require(c % heads == 0, f"attention_head_dim = {heads} must divide each of {channels}")
+        fits = math.gcd(*channels) % heads == 0
+        require(fits, f"attention_head_dim = {heads} must divide each of {channels}")
         side, multiple = number(config, "sample_size", 1, 512), 2 ** (len(channels) - 1)
         require(side % multiple == 0, f"sample_size = {side} must be a multiple of {multiple}")
         eps = number(config, "norm_eps", 1e-12, 1.0, default=1e-5)
@@ -277,8 +268,7 @@ class UNet(nn.Module):
         linear_1, linear_2 = nn.Linear(first, time_dim), nn.Linear(time_dim, time_dim)
         self.time_embedding = nn.ModuleDict({"linear_1": linear_1, "linear_2": linear_2})
         c_ins = [[before] + [c] * (layers - 1) for before, c in zip([first, *channels], channels)]
-        halve = partial(Downsample, padding=1)
-        self.down_blocks = unet_blocks(c_ins, channels, down, resnet, attention, halve)
+        self.down_blocks = unet_blocks(c_ins, channels, down, resnet, attention, Downsample)
         self.mid_block = Block([resnet(last, last), resnet(last, last)], [attention(last)])
         # on the way up each layer takes a skip connection too, the last that of the level above
         channels = channels[::-1]
@@ -317,50 +307,36 @@ class UNet(nn.Module):
         return block.layer(i, *inputs)
 
 
-def vae_blocks(channels, layers, resnet, resampler):
-    """A Block a level, in order of computation."""
-    blocks = nn.Sequential()
-    for before, c in zip([channels[0], *channels], channels):
-        resamplers = [resampler(c)] if len(blocks) < len(channels) - 1 else []
-        c_ins = [before] + [c] * (layers - 1)
-        blocks.append(Block([resnet(c_in, c) for c_in in c_ins], resamplers=resamplers))
-    return blocks
+class Coder(nn.Module):
+    """Half of a VAE, here with four levels; the decoder's lowest resolution comes first.
 
+    Encoder: pictures (B, 3, H, W) -> (B, 8, H/8, W/8). Decoder: (B, 4, h, w) -> (B, 3, 8h, 8w).
+    """
 
-class Encoder(nn.Module):
-    """Pictures (B, 3, H, W) -> (B, 8, H/8, W/8) with four levels."""
-
-    def __init__(self, channels, layers, groups):
+    def __init__(self, c_in, c_out, channels, layers, groups, decodes):
         super().__init__()
-        c, resnet = channels[-1], partial(ResnetBlock, groups=groups, eps=1e-6)
+        resnet = partial(ResnetBlock, groups=groups, eps=1e-6)
+        resampler = Upsample if decodes else partial(Downsample, padding=0)
         # initialised before conv_in and registered after it, as when the zoo's VAE was trained
-        blocks = vae_blocks(channels, layers, resnet, partial(Downsample, padding=0))
-        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
-        self.down_blocks = blocks
-        self.mid_block = Block([resnet(c, c), resnet(c, c)], [VAEAttention(c, groups)])
-        self.conv_norm_out = nn.GroupNorm(groups, c, 1e-6)
-        self.conv_out = nn.Conv2d(c, 8, 3, padding=1)
-
-    def forward(self, images):
-        x = self.mid_block(self.down_blocks(self.conv_in(images)))
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-class Decoder(nn.Module):
-    """Latents (B, 4, h, w) -> (B, 3, 8h, 8w) with four levels, lowest resolution first."""
-
-    def __init__(self, channels, layers, groups):
-        super().__init__()
-        c, resnet = channels[0], partial(ResnetBlock, groups=groups, eps=1e-6)
-        blocks = vae_blocks(channels, layers, resnet, Upsample)
-        self.conv_in = nn.Conv2d(4, c, 3, padding=1)
-        self.up_blocks = blocks
+        blocks = nn.Sequential()
+        for before, c in zip([channels[0], *channels], channels):
+            resamplers = [resampler(c)] if len(blocks) < len(channels) - 1 else []
+            c_ins = [before] + [c] * (layers - 1)
+            blocks.append(Block([resnet(c_in, c) for c_in in c_ins], resamplers=resamplers))
+        self.conv_in = nn.Conv2d(c_in, channels[0], 3, padding=1)
+        self.add_module("up_blocks" if decodes else "down_blocks", blocks)
+        c = channels[0] if decodes else channels[-1]
         self.mid_block = Block([resnet(c, c), resnet(c, c)], [VAEAttention(c, groups)])
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], 1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels[-1], c_out, 3, padding=1)
+        self.decodes = decodes
 
-    def forward(self, latents):
-        x = self.up_blocks(self.mid_block(self.conv_in(latents)))
+    def forward(self, x):
+        x = self.conv_in(x)
+        if self.decodes:
+            x = self.up_blocks(self.mid_block(x))
+        else:
+            x = self.mid_block(self.down_blocks(x))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -376,8 +352,8 @@ class VAE(nn.Module):
         # absent from v1.4's file
         self.scaling_factor = number(config, "scaling_factor", 1e-6, 1e6, default=0.18215)
         channels, layers, groups = sizes(config)
-        self.encoder = Encoder(channels, layers, groups)
-        self.decoder = Decoder(channels[::-1], layers + 1, groups)
+        self.encoder = Coder(3, 8, channels, layers, groups, decodes=False)
+        self.decoder = Coder(4, 3, channels[::-1], layers + 1, groups, decodes=True)
         self.quant_conv = nn.Conv2d(8, 8, 1)
         self.post_quant_conv = nn.Conv2d(4, 4, 1)
 
@@ -398,13 +374,10 @@ class VAE(nn.Module):
 def check_config(config, **channels):
     """A config with these `channels`. Raises UserError unless it is one of SD v1.x."""
     require(isinstance(config, dict), "it is not a JSON object")
-    for name in UNUSED_FIELDS:
-        given = config.get(name)
-        require(not given, f"{name} = {reprlib.repr(given)}; SD v1.x has none")
-    for name, value in {**FIXED_FIELDS, **channels}.items():
-        given = config.get(name, value)
-        hint = " (9: an inpainting UNet)" if given == 9 else ""
-        require(given == value, f"{name} = {reprlib.repr(given)}{hint}; only {value} is possible")
+    for name, value in {**dict.fromkeys(UNUSED_FIELDS), **FIXED_FIELDS, **channels}.items():
+        given, needed = config.get(name, value), f"only {value}" if value else "SD v1.x has none"
+        fits = given == value or not (given or value)
+        require(fits, f"{name} = {reprlib.repr(given)}; {needed}")
     return {**config, **channels}
 
 
@@ -420,10 +393,9 @@ def sizes(config):
     """Channels of each level, highest resolution first, layers of a level, groups of a norm."""
     layers = number(config, "layers_per_block", 1, 16)
     groups = number(config, "norm_num_groups", 1, MOST, default=32)
-    channels = config.get("block_out_channels")
+    channels, step = config.get("block_out_channels"), math.lcm(2, groups)
     fits = type(channels) is list and 1 <= len(channels) <= 8
-    for c in channels if fits else []:
-        fits = fits and type(c) is int and 1 <= c <= MOST and c % 2 == c % groups == 0
+    fits = fits and all(type(c) is int and c in range(step, MOST + 1, step) for c in channels)
     needed = f"1 to 8 multiples of 2 and of norm_num_groups = {groups}, at most {MOST}"
     require(fits, f"block_out_channels = {reprlib.repr(channels)}; needed: {needed}")
     return channels, layers, groups
@@ -431,28 +403,23 @@ def sizes(config):
 
 def attends(config, way, levels):
     """Which of a UNet's blocks on the `way` "Down" or "Up" have attention -> list."""
-    name, plain, attending = f"{way.lower()}_block_types", f"{way}Block2D", f"CrossAttn{way}Block2D"
+    name, known = f"{way.lower()}_block_types", [f"{way}Block2D", f"CrossAttn{way}Block2D"]
     kinds = config.get(name)
-    fits = type(kinds) is list and len(kinds) == levels
-    fits = fits and all(kind in (plain, attending) for kind in kinds)
-    needed = f"{plain} or {attending}, {levels} as there are block_out_channels"
+    fits = type(kinds) is list and len(kinds) == levels and all(kind in known for kind in kinds)
+    needed = f"{' or '.join(known)}, {levels} as there are block_out_channels"
     require(fits, f"{name} = {reprlib.repr(kinds)}; needed: {needed}")
-    return [kind == attending for kind in kinds]
+    return [kind == known[1] for kind in kinds]
 
 
 def load(cls, folder, dtype=torch.float32):
     """A `UNet` or `VAE` of `dtype` from a folder in the diffusers layout. Raises UserError."""
     config_path, path = Path(folder) / "config.json", Path(folder) / WEIGHTS
-    what = f"the config of a {cls.__name__} of Stable Diffusion v1.x"
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (OSError, RecursionError, ValueError) as error:
-        raise UserError(f"{config_path} cannot be read as {what}: {one_line(error)}") from None
     try:
         with torch.device("meta"):  # no memory before the weights are seen to fit
-            net = cls(config)
-    except UserError as error:
-        raise UserError(f"{config_path} is not {what}: {error}") from None
+            net = cls(json.loads(config_path.read_text(encoding="utf-8")))
+    except (OSError, RecursionError, ValueError) as error:
+        what = f"the config of a {cls.__name__} of Stable Diffusion v1.x"
+        raise UserError(f"{config_path} is not {what}: {one_line(error)}") from None
     weights = read_tensors(path, dtype)
     for old, new in RENAMED.items():
         weights = {name.replace(f".{old}.", f".{new}."): w for name, w in weights.items()}
@@ -471,17 +438,11 @@ def read_tensors(path, dtype):
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as safetensors: {one_line(error)}") from None
     for name, tensor in tensors.items():
-        require(tensor.is_floating_point(), f"{path}: {name} is {tensor.dtype}, not a float type")
         tensors[name] = tensor.to(dtype, copy=True)
-        require_finite(f"{path}: {name}", tensors[name])
+        # the sum, for isfinite of each number takes memory; in float32, which sums can't overflow
+        finite = tensors[name].sum(dtype=torch.float32).isfinite()
+        require(finite, f"{path}: {name} holds NaN or infinity (as {dtype})")
     return tensors
-
-
-def require_finite(name, tensor):
-    """Raise UserError if there is a NaN or an infinity in a tensor."""
-    # the sum, for isfinite of each number takes memory; in float32, which sums can't overflow
-    finite = tensor.sum(dtype=torch.float32).isfinite()
-    require(finite, f"{name} holds NaN or infinity (as {tensor.dtype})")
 
 
 def one_line(error):
@@ -512,16 +473,12 @@ def locate(model, flag="--model", files=STABLE_DIFFUSION):
     """The folder of a model: one on disk as it is, or `files` of a hub id. Raises UserError."""
     if os.path.isdir(model):
         return Path(model)
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(model, allow_patterns=files, etag_timeout=5))
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=files, etag_timeout=5))
     except Exception as error:  # no network, no such model, no access: many types, one meaning
-        kind, way = type(error).__name__, f"`hf download {model} --local-dir FOLDER`"
-        raise UserError(
-            f"{flag} {model}: neither a folder nor to be had from the hub ({kind}). "
-            f"Where there is a network: {way}, then {flag} FOLDER"
-        ) from None
+        gone = f"neither a folder nor to be had from the hub ({type(error).__name__})"
+        way = f"where there is a network: `hf download {model} --local-dir FOLDER`"
+        raise UserError(f"{flag} {model}: {gone}; {way}, then {flag} FOLDER") from None
 
 
 def loading(flag, name, cls, folder, **options):
@@ -529,30 +486,23 @@ def loading(flag, name, cls, folder, **options):
 
     Weights or words that are missing are an error, where transformers makes up random ones or none.
     """
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     options = {"local_files_only": True, "trust_remote_code": False, **options}
+    if "dtype" in options:
+        options["output_loading_info"] = True
     refusal = f"{flag} {name}: no {cls.__name__} in it"
     try:
-        if "dtype" in options:
-            net, found = cls.from_pretrained(folder, output_loading_info=True, **options)
-        else:
-            processor = cls.from_pretrained(folder, **options)
+        loaded = cls.from_pretrained(folder, **options)
     except Exception as error:
-        kind, text = type(error).__name__, one_line(error)[:160]
-        raise UserError(f"{refusal} ({kind}: {text})") from None
+        raise UserError(f"{refusal} ({type(error).__name__}: {one_line(error)[:160]})") from None
     if "dtype" not in options:
-        words = getattr(processor, "vocab_size", math.inf)
-        require(words > 9, f"{refusal}: its vocabulary is empty")
-        return processor
+        require(getattr(loaded, "vocab_size", math.inf) > 9, f"{refusal}: its vocabulary is empty")
+        return loaded
     # a pooler is not used here, and many files have none
-    lost = [key for key in found["missing_keys"] if "pooler" not in key]
+    lost = [key for key in loaded[1]["missing_keys"] if "pooler" not in key]
     require(not lost, f"{refusal}: its weights lack {', '.join(lost[:3])}")
-    for key, tensor in net.named_parameters():
-        require_finite(f"{flag} {name}: {key}", tensor)
-    return net.eval()
+    return loaded[0].eval()
 
 
 class LoRALinear(nn.Linear):
@@ -569,11 +519,9 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Linear(rank, self.out_features, bias=False)
         nn.init.normal_(self.lora_A.weight, std=1 / rank, generator=generator)
         nn.init.zeros_(self.lora_B.weight)
-        self.enabled = True
 
     def forward(self, x):
-        h = super().forward(x)
-        return h + self.lora_B(self.lora_A(x)) if self.enabled else h
+        return super().forward(x) + self.lora_B(self.lora_A(x))
 
 
 def add_lora(net, rank, seed=0):
@@ -581,25 +529,10 @@ def add_lora(net, rank, seed=0):
     net.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for attention in [module for module in net.modules() if isinstance(module, Attention)]:
-        attention.to_q = LoRALinear(attention.to_q, rank, generator)
-        attention.to_k = LoRALinear(attention.to_k, rank, generator)
-        attention.to_v = LoRALinear(attention.to_v, rank, generator)
+        for name in ("to_q", "to_k", "to_v"):
+            setattr(attention, name, LoRALinear(getattr(attention, name), rank, generator))
         attention.to_out[0] = LoRALinear(attention.to_out[0], rank, generator)
     return net
-
-
-@contextmanager
-def lora_off(net):
-    """Inside `with lora_off(net):` its LoRA, if it has one, adds nothing: it is the base model."""
-    adapters = [module for module in net.modules() if isinstance(module, LoRALinear)]
-    before = [adapter.enabled for adapter in adapters]
-    for adapter in adapters:
-        adapter.enabled = False
-    try:
-        yield
-    finally:
-        for adapter, enabled in zip(adapters, before):
-            adapter.enabled = enabled
 
 
 def lora_weights(net):

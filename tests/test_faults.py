@@ -164,6 +164,7 @@ def test_a_run_that_was_moved_goes_on_with_the_prompts_and_rewards_that_it_had(t
     run(home / "run", *options, "--epochs", "1")
     (home / "prompts.txt").write_text("a fox\n")
     shutil.move(home, tmp_path / "elsewhere")
+    del sys.modules["mine"]  # as in a process of its own
     home = tmp_path / "elsewhere"
     assert "mine.py" in refusal(
         resume, home / "run", "--epochs", "2", "--model", str(home / "model")

@@ -4,7 +4,6 @@ of its authors, servers that fail in five ways, and rewards of one's own, good a
 
 import fractions
 import functools
-import importlib.util
 import json
 import os
 import pickle
@@ -341,7 +340,7 @@ def test_a_server_is_asked_in_openais_words_and_answers_keep_their_order(server)
 def test_a_model_that_the_server_lists_is_asked_for_by_name(server, monkeypatch):
     for name, asked in (("tiny-vlm", "tiny-vlm"), ("another", "tiny-vlm")):
         assert rewards.ChatServer(server.url, name).model == asked
-    monkeypatch.setattr(rewards.ChatServer, "served", lambda self: [])
+    monkeypatch.setattr(rewards.ChatServer, "ask", lambda *_: [])
     assert rewards.ChatServer(server.url, "another").model == "another"
 
 
@@ -362,13 +361,10 @@ def test_the_hubs_token_is_sent_to_no_server(server, monkeypatch, tmp_path, key,
 
 
 def test_hf_hub_offline_keeps_no_one_from_their_own_server(server):
-    from huggingface_hub import constants, get_session
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub import constants
 
     assert os.environ["HF_HUB_OFFLINE"] == "1" and constants.is_offline_mode()
     assert rewards.ChatServer(server.url, "any")(wide(5), "?") == ["5 pixels of JPEG"]
-    with pytest.raises(OfflineModeIsEnabled):  # from any other
-        get_session().get("http://127.0.0.1:9/")
 
 
 @pytest.mark.parametrize("trouble", ["hang", 500, 429, 408, "garbage", "nonsense", "die"])
@@ -386,7 +382,7 @@ def test_passing_trouble_is_survived(server, trouble, monkeypatch):
         (500, "HTTP 500.*so it goes"),
         ("garbage", "JSON"),
         ("nonsense", "IndexError"),
-        ("die", "RemoteProtocolError"),
+        ("die", "IncompleteRead"),
         (404, "HTTP 404.*so it goes"),
         (401, "HTTP 401.*so it goes"),
     ],
@@ -396,11 +392,11 @@ def test_lasting_trouble_ends_in_one_line(server, trouble, words, monkeypatch):
     vlm = rewards.ChatServer(server.url, "tiny-vlm")
     server.then = trouble
     with pytest.raises(UserError, match=words) as caught:
-        vlm(wide(*range(1, 101)), "?")
+        vlm(wide(*range(1, 401)), "?")
     said = str(caught.value)
     assert f"--vlm-url {server.url}" in said and "\n" not in said
     asked = [body["messages"][0]["content"][0]["image_url"]["url"] for body in server.bodies]
-    assert len(set(asked)) < 70  # the queue behind a failure is dropped
+    assert len(set(asked)) < 280  # the queue behind a failure is dropped
     final = trouble in (404, 401)
     assert ("in 1 of 5 tries" if final else "in 5 of 5 tries") in said
     assert not final or len(asked) == len(set(asked))  # our own fault: not asked twice
@@ -413,34 +409,6 @@ def test_a_request_is_tried_again_after_growing_pauses(server, monkeypatch):
     begin = time.time()
     vlm(wide(5), "?")
     assert 1.4 <= time.time() - begin < 2.5  # 0.2 + 0.4 + 0.8
-
-
-def test_one_failure_wakes_those_who_wait_to_try_again(server, monkeypatch):
-    vlm = rewards.ChatServer(server.url, "tiny-vlm")
-    monkeypatch.setattr(rewards.ChatServer, "pause", 5.0)
-    server.plan = [500] * 8 + [404]
-    server.then = 500
-    begin = time.time()
-    said = refused(vlm, wide(*range(1, 30)), "?")
-    assert time.time() - begin < 4
-    assert "HTTP 404" in said  # what ended it, not what it ended
-
-
-def test_an_interruption_wakes_those_who_wait_to_try_again(server, monkeypatch):
-    """Ctrl-C, while pictures are handed out."""
-    vlm = rewards.ChatServer(server.url, "tiny-vlm")
-    monkeypatch.setattr(rewards.ChatServer, "pause", 5.0)
-    server.then = 500
-
-    def images():
-        yield from wide(5, 6)
-        time.sleep(0.3)
-        raise KeyboardInterrupt
-
-    begin = time.time()
-    with pytest.raises(KeyboardInterrupt):
-        vlm(images(), "?")
-    assert time.time() - begin < 4
 
 
 def test_after_a_failure_the_server_may_be_asked_again(server):
@@ -469,33 +437,15 @@ def test_an_empty_answer_is_scored_zero(server, minilm, how):
     )
     alignment = rewards.make_reward("alignment", settings, "cpu")
     server.plan = [how]
-    with pytest.warns(UserWarning, match="--vlm-url"):
-        scores, shown = alignment(wide(5), ["a cat"])
+    scores, shown = alignment(wide(5), ["a cat"])
     assert scores.tolist() == [0] and shown == {"description": [""]}
     scores, shown = alignment(wide(5), ["5 pixels of JPEG"])
     assert scores == pytest.approx([1], abs=1e-5)
     assert shown == {"description": ["5 pixels of JPEG"]}
 
 
-@pytest.mark.parametrize("how", ["empty", "null"])
-def test_a_server_that_says_nothing_of_any_picture_is_named_once(server, how):
-    vlm = rewards.ChatServer(server.url, "any")
-    server.plan = [how]
-    with warnings.catch_warnings(record=True, action="default") as said:
-        assert sorted(vlm(wide(5, 6), "?"))[0] == ""  # one of two
-        assert said == []
-        server.then = how
-        for count in (2, 2, 3):
-            assert vlm(wide(5, 6, 7)[:count], "?") == [""] * count
-        assert vlm([], "?") == []
-    (warning,) = [str(one.message) for one in said]
-    assert f"--vlm-url {server.url}: tiny-vlm says nothing about any picture" in warning
-
-
-def test_a_batch_of_no_pictures_is_no_silence(server):
-    vlm = rewards.ChatServer(server.url, "any")
-    with warnings.catch_warnings(action="error"):
-        assert vlm([], "?") == []
+def test_a_batch_of_no_pictures_has_no_answers(server):
+    assert rewards.ChatServer(server.url, "any")([], "?") == []
 
 
 # A reward of one's own
@@ -616,24 +566,22 @@ def test_a_file_that_failed_is_tried_again_when_it_is_mended(written):
     assert own(path) is max
 
 
-NAMES = ["json", "tabnanny", "rewards", "train", "torch", "mine", "a.b-c", "specless"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_files_name_takes_no_other_modules_place(written, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", ["json", "tabnanny", "rewards", "train", "mine", "specless"])
+def test_a_file_that_is_named_like_another_module_is_refused(written, tmp_path, monkeypatch, name):
     """tabnanny: of Python's own, and not imported so far. specless: made by hand."""
     monkeypatch.setitem(sys.modules, "specless", types.ModuleType("specless"))
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "mine.py").write_text("def f(images, prompts): return 'elsewhere'")
     assert own(tmp_path / "elsewhere" / "mine.py")(None, None) == "elsewhere"
     before = dict(sys.modules)
-    there = None if name in ("a.b-c", "specless") else importlib.util.find_spec(name)
-    text = "import json\ndef f(images, prompts): return json.dumps([__name__ in sys.modules])"
-    reward = own(written(f"{name}.py", "import sys\n" + text))
-    assert reward(None, None) == "[true]"  # the real json, and a module of its own
+    path = written(f"{name}.py", "raise ValueError")
+    assert f"--reward {path}:f: rename it, {name} is another module's name" in refused(own, path)
     assert {key: sys.modules[key] for key in before} == before
-    assert not there or importlib.util.find_spec(name).origin == there.origin
-    assert own(tmp_path / f"{name}.py") is reward
+    assert getattr(sys.modules[name], "__file__", None) != path
+
+
+def test_a_files_name_may_hold_a_dash(written):
+    assert own(written("my-reward.py", "f = len")) is len
 
 
 def test_a_drive_letter_is_part_of_the_file(written, tmp_path, monkeypatch):
@@ -678,7 +626,6 @@ GOOD = {
     "parameters": [torch.nn.Parameter(torch.tensor(score)) for score in THREE],
     "tensor's generator": lambda: (torch.tensor(score).bfloat16() for score in THREE),
     "tuple of arrays": (np.float32(0.5), torch.tensor(-1.0), 2),
-    "with nothing to show": (THREE, None),
     "with an empty show": (torch.tensor(THREE), {}),
 }
 
@@ -745,11 +692,10 @@ BAD = {
     "masked": np.ma.array([0.5, 1.0, 2.0], mask=[0, 1, 0]),
     "objects": [Odd(), Odd(), Odd()],
     "Nones": [None] * 3,
-    "no numbers": torch.zeros(3, device="meta"),
-    "no numbers in a list": [torch.zeros((), device="meta")] * 3,
     "a class": lambda: Odd,
     "scores for a text": (THREE, "abc"),
     "scores for a list": (THREE, [1, 2, 3]),
+    "scores for nothing": (THREE, None),
     "three things": (THREE, {}, {}),
     "in an array of objects": np.array([0.5, None, "x"], dtype=object),
 }
@@ -800,7 +746,8 @@ def test_a_reward_is_named_whatever_it_is():
             return None
 
     for reward in (Reward(), functools.partial(Reward())):
-        assert "the reward Reward must" in refused(rewards.checked, reward, pictures(), "abc")
+        said = refused(rewards.checked, reward, pictures(), "abc")
+        assert "Reward" in said.partition(" must give one finite number ")[0]
 
 
 def test_an_error_inside_a_reward_stays_what_it_is_and_where_it_is(written):
@@ -845,17 +792,13 @@ def test_a_reward_that_edits_what_it_is_given_edits_its_own_copy():
 
 def switches():
     """What a reward could flip for the whole process, as text."""
-    cudnn = torch.backends.cudnn
     return {
         "gradients": torch.is_grad_enabled(),
         "dtype": torch.get_default_dtype(),
         "device": str(torch.get_default_device()),
         "threads": torch.get_num_threads(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "warn only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "matmul": torch.get_float32_matmul_precision(),
         "tf32": torch.backends.cuda.matmul.allow_tf32,
-        "cudnn": (cudnn.benchmark, cudnn.deterministic),
         "numpy": np.geterr(),
         "folder": os.getcwd(),
     }
@@ -871,10 +814,7 @@ def flip():
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
     torch.set_num_threads(torch.get_num_threads() + 1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.deterministic = True
     np.seterr(all="raise")
     os.chdir("/")
 """
@@ -889,9 +829,7 @@ def flipped_back():
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
     torch.set_num_threads(before["threads"])
-    torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = False
     np.seterr(**before["numpy"])
     os.chdir(before["folder"])
 
@@ -928,39 +866,18 @@ def test_switches_that_a_reward_flips_are_flipped_back(written, where, flipped_b
     assert torch.utils._device.CURRENT_DEVICE is None  # no mode that makes every call slower
 
 
-FLIPS = {
-    "the old switches": "b.cuda.matmul.allow_tf32 = b.cudnn.allow_tf32 = True",
-    "the new one of all": "b.fp32_precision = 'tf32'",
-    "that of cuDNN": "b.cudnn.fp32_precision = 'tf32'",
-    "those of each": "b.cuda.matmul.fp32_precision = b.cudnn.conv.fp32_precision = 'tf32'",
-    "one of two": "b.cudnn.conv.fp32_precision = 'ieee'; b.cudnn.rnn.fp32_precision = 'tf32'",
-}
-
-
 @pytest.mark.parametrize("allowed", [False, True])
-@pytest.mark.parametrize("flip", FLIPS.values(), ids=FLIPS)
-def test_tf32_is_flipped_back_through_whichever_api_it_was_flipped(flip, allowed, flipped_back):
+def test_tf32_is_flipped_back_as_train_py_has_it(allowed, flipped_back):
     """Samples drawn in float32 and trained on in TF32 have ratios that leave the clip range."""
-    backends = torch.backends
-    torch.set_float32_matmul_precision("high" if allowed else "highest")  # as train.py
-    backends.cudnn.allow_tf32 = allowed
-
-    def precisions():
-        new = [backends, backends.cuda.matmul, backends.cudnn]
-        new += [backends.cudnn.conv, backends.cudnn.rnn]
-        old = [backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32]
-        return old + [place.fp32_precision for place in new]
+    matmul = torch.backends.cuda.matmul
 
     def reward(images, prompts):
-        exec(flip, {"b": backends})
+        matmul.allow_tf32 = not allowed
         return [1, 2, 3]
 
-    before = precisions()
-    assert before[:2] == [allowed, allowed]
-    for _ in range(2):  # what it leaves must not stop the next call
-        rewards.checked(reward, pictures(), "abc")
-        assert precisions() == before
-    backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    rewards.checked(reward, pictures(), "abc")
+    assert matmul.allow_tf32 == allowed
 
 
 def test_a_reward_that_seeds_itself_repeats_itself():

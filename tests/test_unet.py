@@ -468,30 +468,6 @@ def lora_pair(rank=3):
     return net, plain
 
 
-def test_lora_off_is_the_base_model_and_ends_as_it_began():
-    net, plain = lora_pair()
-    with torch.no_grad():
-        base, trained = plain(*unet_inputs()), net(*unet_inputs())
-        assert relative_error(trained, base) > 1e-3
-        with unet.lora_off(net):
-            assert torch.equal(net(*unet_inputs()), base)
-            with unet.lora_off(net):
-                assert torch.equal(net(*unet_inputs()), base)
-            assert torch.equal(net(*unet_inputs()), base)
-        assert torch.equal(net(*unet_inputs()), trained)
-        with pytest.raises(KeyError), unet.lora_off(net):
-            raise KeyError
-        assert torch.equal(net(*unet_inputs()), trained)
-
-
-def test_lora_off_leaves_a_network_without_lora_alone():
-    plain = randomise(unet.UNet(UNETS["2 levels, 1 layer"]))
-    base = plain(*unet_inputs())
-    with unet.lora_off(plain):
-        output = plain(*unet_inputs())
-        assert torch.equal(output, base) and output.requires_grad
-
-
 def test_a_lora_file_gives_back_the_same_numbers_and_nothing_else(tmp_path):
     net, _ = lora_pair()
     unet.save_lora(net, tmp_path)
@@ -572,7 +548,7 @@ def more(folder):
 
 
 CONFIG, WEIGHTS = "config.json", unet.WEIGHTS
-NO_CONFIG = f"{CONFIG} cannot be read as the config of a UNet of Stable Diffusion v1.x"
+NO_CONFIG = f"{CONFIG} is not the config of a UNet of Stable Diffusion v1.x"
 NO_WEIGHTS = f"{WEIGHTS} cannot be read as safetensors"
 NOT_A_CONFIG = f"{CONFIG} is not the config of a UNet"
 FAULTS = {  # what is done to the folder, and what the message must say, the file above all
@@ -610,14 +586,6 @@ FAULTS = {  # what is done to the folder, and what the message must say, the fil
     "a pointer to a large file": (put(WEIGHTS, b"version https://git-lfs.git"), NO_WEIGHTS),
     "a page of errors": (put(WEIGHTS, b"<html>" + b"\n" * 9000), NO_WEIGHTS),
     "no tensors": (put(WEIGHTS, b"\x02" + b"\0" * 7 + b"{}"), f"{WEIGHTS} does not fit .*Missing"),
-    "weights in whole numbers": (
-        edit_weights(lambda weights: weights.update({"conv_out.bias": torch.ones(4).int()})),
-        f"{WEIGHTS}: conv_out.bias is torch.int32, not a float type",
-    ),
-    "complex weights": (
-        edit_weights(lambda weights: weights.update({"conv_out.bias": torch.ones(4) * 1j})),
-        f"{WEIGHTS}: conv_out.bias is torch.complex64, not a float type",
-    ),
 }
 
 
@@ -658,7 +626,7 @@ def test_a_file_that_may_not_be_read_is_refused_as_such(name):
         unet.save(unet.VAE(VAES["2 levels, 1 layer"]), folder)
         (folder / name).chmod(0)
         file = WEIGHTS if name == WEIGHTS else CONFIG
-        words = f"{file} cannot be read .*Permission denied"
+        words = f"{file} (cannot be read|is not the config of a VAE) .*Permission denied"
         with nobody():
             assert_refused(words, unet.load, unet.VAE, folder)
         folder.chmod(0o755)
@@ -718,7 +686,7 @@ NO_UNET = [  # a field of a UNet's config, what it may not be, and what the mess
     *[("sample_size", value, "sample_size = ") for value in (GONE, None, [8, 8], True, 0, -8)],
     *[("sample_size", value, "sample_size = ") for value in (8.0, "8", math.nan, 10**9, 513)],
     ("sample_size", 9, "sample_size = 9 must be a multiple of 2"),
-    ("in_channels", 9, r"in_channels = 9 \(9: an inpainting UNet\); only 4"),
+    ("in_channels", 9, "in_channels = 9; only 4"),
     *[("in_channels", value, "in_channels = .*only 4") for value in (None, 3, [4], "4", 10**9)],
     *[("out_channels", value, "out_channels = .*only 4") for value in (None, 8, 10**9)],
     *[("layers_per_block", value, "layers_per_block = ") for value in (GONE, None, [1, 1], 1.0)],
@@ -981,20 +949,6 @@ def test_a_folder_without_a_tokenizer_is_no_tokenizer_without_words(cls, folder,
         unet.loading("--model", "mine", cls, tmp_path / folder)
 
     assert_refused(f"^--model mine: no {cls.__name__} in it", call)
-
-
-@pytest.mark.parametrize("number", NUMBERS)
-def test_what_transformers_reads_must_be_numbers(number, zoo, tmp_path):
-    folder = shutil.copytree(zoo / "text_encoder", tmp_path / "text_encoder")
-    weights = load_file(folder / "model.safetensors")
-    name = next(name for name in weights if "mlp.fc1.weight" in name)
-    weights[name][2, 3] = number
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-    def call():
-        unet.loading("--model", "mine", CLIPTextModel, folder, dtype=torch.float32)
-
-    assert_refused(rf"^--model mine: .*{name[-20:]} holds NaN or infinity", call)
 
 
 def test_locate_takes_a_folder_as_it_is_and_asks_the_hub_for_what_a_model_needs(

@@ -17,7 +17,6 @@ import torch
 
 from ddpo import DDPO, policy_mean_std, ppo_loss
 from scheduler import gaussian_log_prob
-from unet import LoRALinear, lora_off
 
 
 def gaussian_kl(mean, mean_base, std):
@@ -32,17 +31,17 @@ class DDPOWithKL(DDPO):
     kl_weight = 0.01
 
     def setup(self, policy):
-        """Keep the base model: a frozen copy, or, with LoRA, the policy with its adapters off."""
-        lora = any(isinstance(module, LoRALinear) for module in policy.unet.modules())
-        frozen = policy.unet if lora else copy.deepcopy(policy.unet).requires_grad_(False)
-        self.base = replace(policy, unet=frozen)
+        """Keep the base model: a copy of what is trained, which shares what is frozen (LoRA)."""
+        shared = {id(p): p for p in policy.unet.parameters() if not p.requires_grad}
+        base = copy.deepcopy(policy.unet, shared).requires_grad_(False)
+        self.base = replace(policy, unet=base)
 
     def losses(self, policy, pairs):
         """-> losses (b,), {name: (b,)}."""
         data = (policy.sampler, pairs.trajectories, pairs.i, pairs.k)
         guided = (policy.uncond(), self.settings.guidance)
         mean, std = policy_mean_std(policy.network, *data, *guided)
-        with torch.no_grad(), lora_off(self.base.unet):
+        with torch.no_grad():
             mean_base, _ = policy_mean_std(self.base.network, *data, *guided)
         kl = gaussian_kl(mean, mean_base, std)
         now = gaussian_log_prob(pairs.trajectories.latents[pairs.i, pairs.k + 1], mean, std)
