@@ -36,6 +36,7 @@ import sys
 import time
 import traceback
 import urllib.request
+import warnings
 from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -227,7 +228,11 @@ class ChatServer:
     def __call__(self, images, question):
         with ThreadPoolExecutor(self.concurrency) as pool:  # a failure drops those not yet asked
             answers = list(pool.map(partial(self.describe, question), images))
-        return [(answer or "").strip() for answer in answers]
+        answers = [(answer or "").strip() for answer in answers]
+        if answers and not any(answers):
+            why = "says nothing about any picture of a batch, which scores 0; can it see?"
+            warnings.warn(f"--vlm-url {self.url}: {self.model} {why}")  # shown once
+        return answers
 
 
 def bert_score(candidates, references):

@@ -1,6 +1,6 @@
 """The networks of Stable Diffusion v1.x, the UNet eps_theta(x_t, c, t) and the VAE; their files.
 
-The paper fine-tunes the UNet of Stable Diffusion v1.4 (Sec. 5) and keeps everything else frozen.
+The paper fine-tunes the UNet of Stable Diffusion v1.4 (Sec. 6.1, App. D), and all else is frozen.
 Nothing here knows about RL, schedules or settings. In reading order: the layers up to `Block`, the
 UNet, the VAE; what a config must say; `load` and `save`; the hub and transformers; LoRA.
 
@@ -307,36 +307,50 @@ class UNet(nn.Module):
         return block.layer(i, *inputs)
 
 
-class Coder(nn.Module):
-    """Half of a VAE, here with four levels; the decoder's lowest resolution comes first.
+def vae_blocks(channels, layers, resnet, resampler):
+    """A Block a level, in order of computation."""
+    blocks = nn.Sequential()
+    for before, c in zip([channels[0], *channels], channels):
+        resamplers = [resampler(c)] if len(blocks) < len(channels) - 1 else []
+        c_ins = [before] + [c] * (layers - 1)
+        blocks.append(Block([resnet(c_in, c) for c_in in c_ins], resamplers=resamplers))
+    return blocks
 
-    Encoder: pictures (B, 3, H, W) -> (B, 8, H/8, W/8). Decoder: (B, 4, h, w) -> (B, 3, 8h, 8w).
-    """
 
-    def __init__(self, c_in, c_out, channels, layers, groups, decodes):
+class Encoder(nn.Module):
+    """Pictures (B, 3, H, W) -> (B, 8, H/8, W/8) with four levels."""
+
+    def __init__(self, channels, layers, groups):
         super().__init__()
-        resnet = partial(ResnetBlock, groups=groups, eps=1e-6)
-        resampler = Upsample if decodes else partial(Downsample, padding=0)
+        c, resnet = channels[-1], partial(ResnetBlock, groups=groups, eps=1e-6)
         # initialised before conv_in and registered after it, as when the zoo's VAE was trained
-        blocks = nn.Sequential()
-        for before, c in zip([channels[0], *channels], channels):
-            resamplers = [resampler(c)] if len(blocks) < len(channels) - 1 else []
-            c_ins = [before] + [c] * (layers - 1)
-            blocks.append(Block([resnet(c_in, c) for c_in in c_ins], resamplers=resamplers))
-        self.conv_in = nn.Conv2d(c_in, channels[0], 3, padding=1)
-        self.add_module("up_blocks" if decodes else "down_blocks", blocks)
-        c = channels[0] if decodes else channels[-1]
+        blocks = vae_blocks(channels, layers, resnet, partial(Downsample, padding=0))
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.down_blocks = blocks
+        self.mid_block = Block([resnet(c, c), resnet(c, c)], [VAEAttention(c, groups)])
+        self.conv_norm_out = nn.GroupNorm(groups, c, 1e-6)
+        self.conv_out = nn.Conv2d(c, 8, 3, padding=1)
+
+    def forward(self, images):
+        x = self.mid_block(self.down_blocks(self.conv_in(images)))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """Latents (B, 4, h, w) -> (B, 3, 8h, 8w) with four levels, lowest resolution first."""
+
+    def __init__(self, channels, layers, groups):
+        super().__init__()
+        c, resnet = channels[0], partial(ResnetBlock, groups=groups, eps=1e-6)
+        blocks = vae_blocks(channels, layers, resnet, Upsample)
+        self.conv_in = nn.Conv2d(4, c, 3, padding=1)
+        self.up_blocks = blocks
         self.mid_block = Block([resnet(c, c), resnet(c, c)], [VAEAttention(c, groups)])
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], 1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], c_out, 3, padding=1)
-        self.decodes = decodes
+        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
-    def forward(self, x):
-        x = self.conv_in(x)
-        if self.decodes:
-            x = self.up_blocks(self.mid_block(x))
-        else:
-            x = self.mid_block(self.down_blocks(x))
+    def forward(self, latents):
+        x = self.up_blocks(self.mid_block(self.conv_in(latents)))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -352,8 +366,8 @@ class VAE(nn.Module):
         # absent from v1.4's file
         self.scaling_factor = number(config, "scaling_factor", 1e-6, 1e6, default=0.18215)
         channels, layers, groups = sizes(config)
-        self.encoder = Coder(3, 8, channels, layers, groups, decodes=False)
-        self.decoder = Coder(4, 3, channels[::-1], layers + 1, groups, decodes=True)
+        self.encoder = Encoder(channels, layers, groups)
+        self.decoder = Decoder(channels[::-1], layers + 1, groups)
         self.quant_conv = nn.Conv2d(8, 8, 1)
         self.post_quant_conv = nn.Conv2d(4, 4, 1)
 
@@ -376,6 +390,7 @@ def check_config(config, **channels):
     require(isinstance(config, dict), "it is not a JSON object")
     for name, value in {**dict.fromkeys(UNUSED_FIELDS), **FIXED_FIELDS, **channels}.items():
         given, needed = config.get(name, value), f"only {value}" if value else "SD v1.x has none"
+        needed += " (9: an inpainting UNet)" if given == 9 else ""
         fits = given == value or not (given or value)
         require(fits, f"{name} = {reprlib.repr(given)}; {needed}")
     return {**config, **channels}
@@ -439,10 +454,15 @@ def read_tensors(path, dtype):
         raise UserError(f"{path} cannot be read as safetensors: {one_line(error)}") from None
     for name, tensor in tensors.items():
         tensors[name] = tensor.to(dtype, copy=True)
-        # the sum, for isfinite of each number takes memory; in float32, which sums can't overflow
-        finite = tensors[name].sum(dtype=torch.float32).isfinite()
-        require(finite, f"{path}: {name} holds NaN or infinity (as {dtype})")
+        require_finite(f"{path}: {name}", tensors[name])
     return tensors
+
+
+def require_finite(name, tensor):
+    """Raise UserError if there is a NaN or an infinity in a tensor."""
+    # the sum, for isfinite of each number takes memory; in float32, which sums can't overflow
+    finite = tensor.sum(dtype=torch.float32).isfinite()
+    require(finite, f"{name} holds NaN or infinity (as {tensor.dtype})")
 
 
 def one_line(error):
@@ -502,6 +522,8 @@ def loading(flag, name, cls, folder, **options):
     # a pooler is not used here, and many files have none
     lost = [key for key in loaded[1]["missing_keys"] if "pooler" not in key]
     require(not lost, f"{refusal}: its weights lack {', '.join(lost[:3])}")
+    for key, tensor in loaded[0].named_parameters():
+        require_finite(f"{flag} {name}: {key}", tensor)
     return loaded[0].eval()
 
 

@@ -111,8 +111,8 @@ def load(kind, size, which=("ours", "theirs", "channels_last")):
     lie in memory once.
     """
     import diffusers
-    import test_unet  # beside this file
 
+    import test_unet  # beside this file
     import unet
 
     ours, theirs = unet.UNet, diffusers.UNet2DConditionModel

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import refusal, run, tiny
 from torch.distributions import Normal, kl_divergence
 
 import train
 from rewards import load_object
+from test_train import refusal, run, tiny
 
 ALGORITHMS = Path(train.__file__).parent / "tutorial" / "algorithms"
 KL = f"{ALGORITHMS / 'kl.py'}:DDPOWithKL"

@@ -17,24 +17,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from helpers import (
-    CPU,
-    SD,
-    TOY,
-    BarePolicy,
-    ConstantNoise,
-    Decoder,
-    NoisePerPrompt,
-    Recorder,
-    TextEncoder,
-    Tokenizer,
-    choices,
-    named_noises,
-    normal,
-    posterior_steps,
-    relative,
-    small_unet,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -58,6 +40,24 @@ from ddpo import (
     predict_noise,
     reinforce_loss,
     sample,
+)
+from helpers import (
+    CPU,
+    SD,
+    TOY,
+    BarePolicy,
+    ConstantNoise,
+    Decoder,
+    NoisePerPrompt,
+    Recorder,
+    TextEncoder,
+    Tokenizer,
+    choices,
+    named_noises,
+    normal,
+    posterior_steps,
+    relative,
+    small_unet,
 )
 from scheduler import (
     NoiseSchedule,

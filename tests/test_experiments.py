@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "tutorial"))
 import experiments
-
 import train
 
 ARGUMENTS = "--model zoo --device cpu --reward compressibility --epochs 3 --samples-per-epoch 64"

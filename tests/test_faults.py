@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import refusal, resume, run, small_model, tiny
 
 import ddpo
 import train
+from test_train import refusal, resume, run, small_model, tiny
 
 
 def metrics(folder):

@@ -23,11 +23,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import metrics, no_curve, settings_of, tiny, without_seconds
 
 import ddpo
 import train
 import unet
+from test_train import metrics, no_curve, settings_of, tiny, without_seconds
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="forks processes that have torch imported"

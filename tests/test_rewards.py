@@ -444,8 +444,25 @@ def test_an_empty_answer_is_scored_zero(server, minilm, how):
     assert shown == {"description": ["5 pixels of JPEG"]}
 
 
-def test_a_batch_of_no_pictures_has_no_answers(server):
-    assert rewards.ChatServer(server.url, "any")([], "?") == []
+@pytest.mark.parametrize("how", ["empty", "null"])
+def test_a_server_that_says_nothing_of_any_picture_is_named_once(server, how):
+    vlm = rewards.ChatServer(server.url, "any")
+    server.plan = [how]
+    with warnings.catch_warnings(record=True, action="default") as said:
+        assert sorted(vlm(wide(5, 6), "?"))[0] == ""  # one of two
+        assert said == []
+        server.then = how
+        for count in (2, 2, 3):
+            assert vlm(wide(5, 6, 7)[:count], "?") == [""] * count
+        assert vlm([], "?") == []
+    (warning,) = [str(one.message) for one in said]
+    assert f"--vlm-url {server.url}: tiny-vlm says nothing about any picture" in warning
+
+
+def test_a_batch_of_no_pictures_is_no_silence(server):
+    vlm = rewards.ChatServer(server.url, "any")
+    with warnings.catch_warnings(action="error"):
+        assert vlm([], "?") == []
 
 
 # A reward of one's own

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SD, BarePolicy, choices, normal, small_unet
 
 import ddpo
 from ddpo import RWR, RWRSparse, Trajectories, averaged, optimizer_step
+from helpers import SD, BarePolicy, choices, normal, small_unet
 from scheduler import NoiseSchedule, Sampler, named_noise
 
 PROMPTS, NAME = ["a cat", "a dog", "", "a bee"], [3, 1, 1]

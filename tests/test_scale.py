@@ -13,11 +13,16 @@ import sys
 from contextlib import nullcontext
 
 import diffusers
-import memory
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+
+import ddpo
+import memory
+import train
+import unet
+from scheduler import NoiseSchedule, Sampler, named_noise
 from test_train import equal, metrics, refusal, resolve, resume, run, settings_of, small_model
 from test_unet import (
     UNETS,
@@ -28,11 +33,6 @@ from test_unet import (
     relative_error,
     unet_inputs,
 )
-
-import ddpo
-import train
-import unet
-from scheduler import NoiseSchedule, Sampler, named_noise
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 DEEP = UNETS["4 levels, 2 layers, as in SD"]

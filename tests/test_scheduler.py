@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.schedulers import scheduling_ddpm
-from helpers import SD, TOY, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import SD, TOY, normal
 from scheduler import (
     NoiseSchedule,
     Sampler,

@@ -14,11 +14,12 @@ import sys
 import zlib
 from pathlib import Path
 
-import data
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image, ImageDraw
+
+import data
+from conftest import ROOT
 
 ZOO = ROOT / "tutorial" / "zoo"
 RECIPE = ["clip", "vae", "unet", "judge", "aesthetic", "bert", "llava"]

@@ -686,7 +686,7 @@ NO_UNET = [  # a field of a UNet's config, what it may not be, and what the mess
     *[("sample_size", value, "sample_size = ") for value in (GONE, None, [8, 8], True, 0, -8)],
     *[("sample_size", value, "sample_size = ") for value in (8.0, "8", math.nan, 10**9, 513)],
     ("sample_size", 9, "sample_size = 9 must be a multiple of 2"),
-    ("in_channels", 9, "in_channels = 9; only 4"),
+    ("in_channels", 9, r"in_channels = 9; only 4 \(9: an inpainting UNet\)"),
     *[("in_channels", value, "in_channels = .*only 4") for value in (None, 3, [4], "4", 10**9)],
     *[("out_channels", value, "out_channels = .*only 4") for value in (None, 8, 10**9)],
     *[("layers_per_block", value, "layers_per_block = ") for value in (GONE, None, [1, 1], 1.0)],
@@ -949,6 +949,20 @@ def test_a_folder_without_a_tokenizer_is_no_tokenizer_without_words(cls, folder,
         unet.loading("--model", "mine", cls, tmp_path / folder)
 
     assert_refused(f"^--model mine: no {cls.__name__} in it", call)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_transformers_reads_must_be_numbers(number, zoo, tmp_path):
+    folder = shutil.copytree(zoo / "text_encoder", tmp_path / "text_encoder")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "mlp.fc1.weight" in name)
+    weights[name][2, 3] = number
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def call():
+        unet.loading("--model", "mine", CLIPTextModel, folder, dtype=torch.float32)
+
+    assert_refused(rf"^--model mine: .*{name[-20:]} holds NaN or infinity", call)
 
 
 def test_locate_takes_a_folder_as_it_is_and_asks_the_hub_for_what_a_model_needs(

@@ -5,21 +5,21 @@ for its judge. And what its pictures are made of.
 import json
 from types import SimpleNamespace
 
-import data
 import diffusers
-import judge as judge_module
-import loop
 import numpy as np
 import pytest
-import raters
 import torch
 from PIL import Image
-from test_scripts import write_art
 from transformers import CLIPModel, CLIPTokenizer
 
+import data
 import ddpo
+import judge as judge_module
+import loop
+import raters
 import train
 from scheduler import Sampler, named_noise
+from test_scripts import write_art
 
 ANIMALS = train.load_prompts("common-animals")
 

@@ -25,11 +25,10 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
-import judge as judge_module
-import train_judge
-
 import ddpo
+import judge as judge_module
 import train
+import train_judge
 from scheduler import Sampler
 
 WEAK = "beetle whale dolphin snake bird turtle fish ant".split()

@@ -18,14 +18,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
+import ddpo
 import judge as judge_module
 import raters
-import train_bert
-from train_aesthetic import rank_correlation
-
-import ddpo
 import train
+import train_bert
 from rewards import ClipEmbedder, Llava, aesthetic, load_head
+from train_aesthetic import rank_correlation
 from unet import VAE, load
 
 PER_ANIMAL, ALIGNED = 4, 128  # pictures of each animal, and of alignment's prompts

@@ -11,13 +11,14 @@ import json
 import sys
 from pathlib import Path
 
-import data
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+
+import data
 
 NONE = "none of these"
 LABELS = [*data.NAMES, NONE]

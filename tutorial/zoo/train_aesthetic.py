@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
 import loop
 import raters
-
 from rewards import AestheticHead, ClipEmbedder
 
 PICTURES, HELD_OUT = 20_000, 2_000

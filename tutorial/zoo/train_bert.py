@@ -20,7 +20,6 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
 import loop
-
 from rewards import BertScore
 
 STEPS, BATCH, LAYER = 1000, 128, 2

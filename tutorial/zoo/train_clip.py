@@ -9,14 +9,15 @@ diversity metric: as in the paper.
 import json
 import shutil
 
-import data
-import loop
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+import data
+import loop
 
 STEPS, BATCH, LENGTH = 1200, 96, 16
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -12,17 +12,17 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import data
-import judge as judge_module
-import loop
 import numpy as np
 import torch
 import torch.nn.functional as F
-import train_unet
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+import data
+import judge as judge_module
+import loop
+import train_unet
 from ddpo import sample
 from scheduler import add_noise, expand, predicted_x0
 from unet import VAE, UNet, load, save_tensors

@@ -29,10 +29,9 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
 import loop
+from rewards import Llava, jpeg
 from train_clip import PROCESSOR
 from train_judge import composite
-
-from rewards import Llava, jpeg
 
 STEPS, BATCH, PATCHES = 1700, 64, (data.SIZE // 8) ** 2
 QUESTION = "what is in this picture?"

@@ -20,12 +20,12 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import data
-import judge as judge_module
-import loop
 from safetensors.torch import load_file
 
+import data
 import ddpo
+import judge as judge_module
+import loop
 from scheduler import NoiseSchedule, Sampler, add_noise, expand
 from unet import VAE, UNet, load, save, save_tensors
 

@@ -22,7 +22,6 @@ from torch.func import functional_call
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
 import loop
-
 from unet import VAE, load, save
 
 CONFIG = {
