@@ -32,7 +32,8 @@ import train_judge
 from scheduler import Sampler
 
 WEAK = "beetle whale dolphin snake bird turtle fish ant".split()
-SEED, COLUMNS, ROWS, TILE = 20260, 5, 4, 192
+SEED = 20260
+COLUMNS, ROWS, TILE = 5, 4, 192  # of a sheet
 
 
 def malformed(policy, animals):
@@ -41,10 +42,9 @@ def malformed(policy, animals):
     torch.manual_seed(SEED)
     few, art, drawn = len(animals) // 3, data.load_art(), []
     for _ in range(few):
-        x, y, names, others = train_judge.two_each(rng, art, 1, device)
-        z, other = policy.vae.encode(x), policy.vae.encode(y)
-        made = train_judge.half_formed_latents(rng, policy, z, other, names, others)
-        drawn.append(policy.decode(made))
+        both, names = train_judge.two_each(rng, art, 1, device)
+        latents = [policy.vae.encode(x) for x in both]
+        drawn.append(policy.decode(train_judge.half_formed_latents(rng, policy, latents, names)))
     hasty = copy.copy(policy)
     hasty.sampler = Sampler(policy.sampler.schedule, 2, 1.0)
     damaged = copy.copy(policy)

@@ -74,7 +74,7 @@ def shuffled(rng, pixels):
 
 
 def two_each(rng, art, n, device):
-    """n pairs of different things, each on a ground of its own -> pixels, pixels, names, names."""
+    """n pairs of different things on grounds of their own -> [pixels, pixels], [names, names]."""
     pairs = [rng.choice(data.NAMES, 2, replace=False) for _ in range(n)]
     pixels, names = [], []
     for side in zip(*pairs):
@@ -82,7 +82,7 @@ def two_each(rng, art, n, device):
         drawn = [data.compose(rng, art, x, data.random_colour(rng), varied=varied) for x in side]
         pixels.append(data.to_tensor(np.stack([picture.pixels for picture in drawn]), device))
         names.append([str(name) for name in side])
-    return *pixels, *names
+    return pixels, names
 
 
 def whole_latents(rng, policy, z, names):
@@ -92,8 +92,12 @@ def whole_latents(rng, policy, z, names):
     return seen_in_noise(policy, z, names, rng.integers(50, 400, len(z)))
 
 
-def half_formed_latents(rng, policy, z, other, names, others):
-    """Latents of two things mixed or grown together, or of one that has nearly drowned in noise."""
+def half_formed_latents(rng, policy, latents, names):
+    """Latents of two things mixed or grown together, or of one that has nearly drowned in noise.
+
+    latents, names: of the one and of the other, n each -> (n, 4, 8, 8).
+    """
+    z, other = latents
     kind, n = rng.integers(4), len(z)
     if kind == 0:
         share = torch.as_tensor(rng.uniform(0.38, 0.62, n), dtype=z.dtype, device=z.device)
@@ -102,8 +106,8 @@ def half_formed_latents(rng, policy, z, other, names, others):
         mask = F.interpolate(torch.randn(n, 1, 3, 3), 8, mode="bicubic").mul(4).sigmoid()
         return mask.to(z.device) * z + (1 - mask.to(z.device)) * other
     if kind == 2:
-        return seen_in_noise(policy, z, names, rng.integers(780, 950, n))
-    context = (policy.embed(names) + policy.embed(others)) / 2  # asked for both
+        return seen_in_noise(policy, z, names[0], rng.integers(780, 950, n))
+    context = (policy.embed(names[0]) + policy.embed(names[1])) / 2  # asked for both
     T = policy.sampler.T
     noise = torch.randn(n, T + 1, *z.shape[1:]).to(z.device)
     inputs = (context, policy.uncond(), noise, policy.guidance)
@@ -132,14 +136,14 @@ def drawn_by_networks(zoo, art, device, count):
         policy.unet = load(UNet, folder / "unet").to(device)
         pixels, labels = [], []
         for n in tqdm(range(count // size), desc="drawn by the networks", mininterval=10):
-            x, y, names, others = two_each(rng, art, size, device)
-            z, whole = policy.vae.encode(x), n % 2 == 0
-            if whole:
-                z = whole_latents(rng, policy, z, names)
+            both, names = two_each(rng, art, size, device)
+            if n % 2:
+                z = half_formed_latents(rng, policy, [policy.vae.encode(x) for x in both], names)
+                labels += [NOTHING] * size
             else:
-                z = half_formed_latents(rng, policy, z, policy.vae.encode(y), names, others)
+                z = whole_latents(rng, policy, policy.vae.encode(both[0]), names[0])
+                labels += [data.NAMES.index(name) for name in names[0]]
             pixels.append(torch.from_numpy(policy.decode(z)))
-            labels += [data.NAMES.index(name) if whole else NOTHING for name in names]
         save_tensors({"pixels": torch.cat(pixels), "labels": torch.tensor(labels)}, path)
     tensors = load_file(path)
     return tensors["pixels"].numpy(), tensors["labels"].numpy()

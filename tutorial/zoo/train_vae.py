@@ -37,7 +37,8 @@ CONFIG = {
     "scaling_factor": 1.0,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
-TOGETHER, DECODER_ONLY, AGAIN, SHARPER = 2000, 4200, 4400, 2400  # steps
+TOGETHER, DECODER_ONLY, AGAIN = 2000, 4200, 4400  # steps
+SHARPER = 2400
 BATCH = 16
 GENTLY = {"lr": 0.012, "adam_lr": 1e-3, "min_lr": 0.03}
 CRITIC = 0.02  # the weight of its opinion, beside pixels that differ by 0.04
