@@ -154,7 +154,7 @@ def test_gates_runs_on_a_few_pictures(start, art, tmp_path):
     status, said = start("tutorial/zoo/gates.py", "--quick", "--zoo", zoo)
     lines = [line for line in said.splitlines() if line[:4] in ("pass", "MISS")]
     passed = {line[6:].partition(":")[0]: line[:4] == "pass" for line in lines}
-    assert len(lines) == 16 and status == 1
+    assert len(lines) == 20 and status == 1
     assert passed["judge names the animal on 8 samples at the default settings"]
     assert passed["judge says none on noise"] and passed["judge says none on blanks"]
     assert passed["BERTScore puts the right caption first"] and passed["all weights together"]
@@ -170,7 +170,7 @@ def test_gates_says_what_it_skips_without_npm(start, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     said = start("tutorial/zoo/gates.py", "--quick", "--zoo", zoo)[1]
     assert "skip  composites: the emoji art needs npm" in said
-    assert len(re.findall("^(?:pass|MISS)  ", said, re.MULTILINE)) == 10
+    assert len(re.findall("^(?:pass|MISS)  ", said, re.MULTILINE)) == 14
     status, said = start("tutorial/zoo/data.py", "--zoo", zoo)
     assert "needs npm" in status
 

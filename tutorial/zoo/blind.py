@@ -1,7 +1,7 @@
 """Is the judge as strict as a person? Pictures to be named blind, and what came of it.
 
     python tutorial/zoo/blind.py draw FOLDER            # numbered sheets in no order, names.txt
-    python tutorial/zoo/blind.py score FOLDER READER.txt [READER.txt ...]   # blind.png, the figures
+    python tutorial/zoo/blind.py score FOLDER READER.txt [READER.txt ...]  # blind.json, blind.png
 
 A reader sees the sheets and the list of names, nothing else, and writes a line for each picture:
 its number and a name, or "none". The majority counts, and is *none* where there is no majority.
@@ -14,6 +14,7 @@ its number and a name, or "none". The majority counts, and is *none* where there
 """
 
 import copy
+import hashlib
 import json
 import sys
 from collections import Counter
@@ -37,14 +38,16 @@ COLUMNS, ROWS, TILE = 5, 4, 192  # of a sheet
 
 
 def malformed(policy, animals):
-    """Pictures that no one should recognise -> uint8 (B, 64, 64, 3), one an animal."""
+    """Pictures that no one should recognise -> uint8 (B, 64, 64, 3), and what each was to be."""
     rng, device = np.random.default_rng(SEED), policy.device
     torch.manual_seed(SEED)
-    few, art, drawn = len(animals) // 3, data.load_art(), []
+    few, art = len(animals) // 3, data.load_art()
+    drawn, asked = [], []
     for _ in range(few):
-        both, names = train_judge.two_each(rng, art, 1, device)
+        both, names = train_judge.two_each(rng, art, 1, device, animals)
         latents = [policy.vae.encode(x) for x in both]
         drawn.append(policy.decode(train_judge.half_formed_latents(rng, policy, latents, names)))
+        asked += names[0]
     hasty = copy.copy(policy)
     hasty.sampler = Sampler(policy.sampler.schedule, 2, 1.0)
     damaged = copy.copy(policy)
@@ -54,7 +57,7 @@ def malformed(policy, animals):
     for poor, some in ((hasty, animals[few : 2 * few]), (damaged, animals[2 * few :])):
         names = [(SEED, 3, i) for i in range(len(some))]
         drawn += [images for _, images in poor.sample(some, names, len(some))]
-    return np.concatenate(drawn)
+    return np.concatenate(drawn), asked + animals[few:]
 
 
 @torch.no_grad()
@@ -69,9 +72,9 @@ def pictures():
         images += [some for _, some in policy.sample(animals, names, 60)]
         kind_of += [kind] * len(animals)
         asked += animals
-    images.append(malformed(policy, data.ANIMALS))
-    kind_of += ["malformed"] * len(data.ANIMALS)
-    return np.concatenate(images), kind_of, asked + data.ANIMALS
+    poor, meant = malformed(policy, data.ANIMALS)
+    kind_of += ["malformed"] * len(poor)
+    return np.concatenate([*images, poor]), kind_of, asked + meant
 
 
 def sheet(images, numbers, captions, columns, tile):
@@ -110,36 +113,56 @@ def majority(readers, number):
     return word if 2 * votes > len(readers) else "none"
 
 
-def score(folder, files):
-    """The eye's verdict and the judge's, as figures and as one small picture."""
+def fingerprint(zoo=data.HERE):
+    """Of the weights that draw and judge: figures are theirs, and of no others."""
+    folders = [zoo / "stable-diffusion" / "unet", zoo / "stable-diffusion" / "vae", zoo / "judge"]
+    files = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+
+
+def figures(kinds, asked, eye, judged):
+    """The shares that decide, of lists of B words -> {name: share}."""
+    kinds, right = np.array(kinds), np.array(eye) == np.array(asked)
+    accepted, samples = np.array(judged) == np.array(asked), kinds == "sample"
+    further = np.isin(kinds, ["other", "malformed"])
+    found = {"eye names samples": right[samples].mean()}
+    found["judge names samples"] = accepted[samples].mean()
+    for animal in WEAK:
+        some = (kinds == "weak") & (np.array(asked) == animal)
+        found[f"eye names {animal}"] = right[some].mean()
+    found["judge rejects what the eye rejects"] = 1 - accepted[further & ~right].mean()
+    found["judge agrees on the rest"] = accepted[further & right].mean()
+    found["share that the eye rejects"] = 1 - right[further].mean()
+    return {name: round(float(share), 4) for name, share in found.items()}
+
+
+def score(folder, files, zoo=data.HERE):
+    """The eye's verdict and the judge's, as figures and as one small picture, into the zoo."""
     key = json.loads((folder / "key" / "key.json").read_text())
     images, readers = np.load(folder / "key" / "images.npy"), []
     for file in files:
         lines = [line.split() for line in Path(file).read_text().splitlines() if line.strip()]
         readers.append({int(words[0]): words[1] for words in lines})
     eye = [majority(readers, i) for i in range(len(images))]
-    judged = judge_module.name(judge_module.load_judge(), images)
+    judged = judge_module.name(judge_module.load_judge(zoo), images)
     judged = [word if word in data.ANIMALS else "none" for word in judged]
-    kinds, asked = np.array(key["kinds"]), key["asked"]
-    right = np.array([a == b for a, b in zip(eye, asked)])
-    print(f"eye right on {right[kinds == 'sample'].mean():.1%} of samples", end="; ")
-    print(f"each reader: {[sum(r.get(i) == a for i, a in enumerate(asked)) for r in readers]}")
-    for animal in WEAK:
-        some = [r for r, kind, a in zip(right, kinds, asked) if kind == "weak" and a == animal]
-        print(f"  {animal}: {sum(some)} of {len(some)}")
-    further = np.isin(kinds, ["other", "malformed"])
-    rejected = further & ~right
-    same = np.array([a == b for a, b in zip(judged, eye)])
-    wrong = np.array([a != b for a, b in zip(judged, asked)])
-    print(f"of {rejected.sum()} that the eye rejects, the judge does {wrong[rejected].mean():.1%}")
-    print(f"of the other {(further & right).sum()} it agrees on {same[further & right].mean():.1%}")
-    judge_right = ~wrong[kinds == "sample"]
-    print(f"judge right on {judge_right.mean():.1%} of samples")
-    captions = [f"{a}/{b}" for a, b in zip(eye, judged)]
-    shown = np.flatnonzero(np.isin(kinds, ["sample", "other", "malformed"]))
-    shown = sorted(shown, key=lambda i: list(kinds).index(kinds[i]))
-    page = sheet(images[shown], [""] * len(shown), [captions[i] for i in shown], 18, 64)
-    page.quantize(128).save(folder / "blind.png", optimize=True)
+    found = figures(key["kinds"], key["asked"], eye, judged)
+    each = [
+        np.mean([reader.get(i) == word for i, word in enumerate(eye)]).round(4)
+        for reader in readers
+    ]
+    found = {"weights": fingerprint(zoo), "each reader agrees with the majority": each, **found}
+    (zoo / "blind.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+    shown = [i for kind in ("sample", "other", "malformed") for i in places(key["kinds"], kind)]
+    captions = [f"{eye[i]}/{judged[i]}" for i in shown]
+    page = sheet(images[shown], [""] * len(shown), captions, 15, 64)
+    page.quantize(128).save(zoo / "blind.png", optimize=True)
+
+
+def places(kinds, kind):
+    """Where a kind of picture stands -> list of int."""
+    return [i for i, other in enumerate(kinds) if other == kind]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Composites need the emoji art (fetched through npm once); without npm those gate
 said to be.
 """
 
+import json
 import shutil
 import sys
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+import blind
 import data
 import ddpo
 import judge as judge_module
@@ -157,6 +159,22 @@ def alignment_gates(judge, images, prompts):
     return [gate(name, success, 0.20), gate("the same", success, 0.60, at_least=False)]
 
 
+def blind_gates(zoo):
+    """What readers who were told nothing made of pictures, beside the judge -> list of bool."""
+    found = json.loads((zoo / "blind.json").read_text()) if (zoo / "blind.json").is_file() else {}
+    if found.pop("weights", None) != blind.fingerprint(zoo):
+        print("MISS  blind naming: not done with these weights, see blind.py")
+        return [False]
+    weakest = min(found[f"eye names {animal}"] for animal in blind.WEAK)
+    print(f"      the judge names {found['judge names samples']:.1%} of the same 90 samples")
+    return [
+        gate("three readers name the animal on 90 samples", found["eye names samples"], 0.9),
+        gate("and on ten samples of the weakest of eight", weakest, 0.8),
+        gate("judge rejects what they reject", found["judge rejects what the eye rejects"], 0.8),
+        gate("and agrees with them on the rest", found["judge agrees on the rest"], 0.9),
+    ]
+
+
 def size_gate(zoo):
     """All weights of the zoo -> bool."""
     files = [path for path in zoo.glob("**/*.safetensors") if ".data" not in path.parts]
@@ -191,7 +209,7 @@ def main():
     prompts = train.load_prompts(str(data.HERE / "animals-on-grounds.txt"))
     prompts = train.spread_prompts(prompts, 8 if few else ALIGNED)
     passed += alignment_gates(judge, samples(zoo, prompts, options.device), prompts)
-    passed.append(size_gate(zoo))
+    passed += [*blind_gates(zoo), size_gate(zoo)]
     return 0 if all(passed) else 1
 
 

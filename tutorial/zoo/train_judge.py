@@ -73,9 +73,9 @@ def shuffled(rng, pixels):
     return rows.reshape(data.SIZE, data.SIZE, 3)
 
 
-def two_each(rng, art, n, device):
+def two_each(rng, art, n, device, words=tuple(data.NAMES)):
     """n pairs of different things on grounds of their own -> [pixels, pixels], [names, names]."""
-    pairs = [rng.choice(data.NAMES, 2, replace=False) for _ in range(n)]
+    pairs = [rng.choice(words, 2, replace=False) for _ in range(n)]
     pixels, names = [], []
     for side in zip(*pairs):
         varied = rng.random() < 0.5

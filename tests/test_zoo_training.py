@@ -1,0 +1,162 @@
+"""What the zoo's networks learn from: the decoder's critic, the judge's half-formed animals; and
+the eye's verdict on the judge.
+"""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import blind
+import data
+import ddpo
+import judge as judge_module
+import train
+import train_judge
+import train_vae
+from scheduler import add_noise
+from test_scripts import write_art
+
+
+@pytest.fixture(scope="module")
+def policy():
+    config = train.merge({"model": "zoo"}, train.ZOO, ddpo.DDPO)
+    return train.load_policy(train.ZOO, torch.device("cpu"), config)
+
+
+@pytest.fixture(scope="module")
+def art(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("zoo")
+    write_art(folder / ".data")
+    return data.load_art(folder)
+
+
+def gradients(net, loss):
+    """d loss / d parameter of a network, zeros where there is none."""
+    grads = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(net.parameters(), grads)]
+
+
+def test_decoder_and_critic_learn_from_their_own_part_of_the_loss(policy, monkeypatch):
+    """The decoder's gradient is that of its difference and of the critic's opinion, frozen."""
+    torch.manual_seed(0)
+    vae = train_vae.freeze_encoder(copy.deepcopy(policy.vae))
+    critic = train_vae.Critic(8)
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    z = vae.encode(x).detach()
+    monkeypatch.setattr(train_vae, "with_errors", lambda vae, x: z)
+    pair = nn.ModuleDict({"vae": vae, "critic": critic})
+    loss = train_vae.sharper_loss(lambda rng: x, pair, None)
+    y = vae.decode(z)
+    for_decoder = train_vae.difference(y, x) - train_vae.CRITIC * critic(y).mean()
+    real, fake = critic(x), critic(y.detach())
+    for_critic = (1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()
+    assert loss.item() == pytest.approx((for_decoder + for_critic).item(), rel=1e-6)
+    for net, part in ((vae.decoder, for_decoder), (critic, for_critic)):
+        for ours, expected in zip(gradients(net, loss), gradients(net, part)):
+            assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-7)
+    assert all(not g.any() for g in gradients(vae.decoder, for_critic))
+
+
+def test_what_the_policy_sees_in_noise_is_its_own_prediction(policy):
+    """Eq. 1 solved for x_0; with the true noise in the network's place it is x_0 itself."""
+    torch.manual_seed(1)
+    z = torch.randn(3, 4, 8, 8)
+    true = {}
+
+    class Known(nn.Module):
+        config = policy.unet.config
+
+        def forward(self, x_t, timesteps, context):
+            alpha_bar = policy.sampler.schedule.alphas_bar[timesteps].reshape(-1, 1, 1, 1)
+            true["x_t"] = x_t
+            return (x_t - alpha_bar.sqrt() * z) / (1 - alpha_bar).sqrt()
+
+    knowing = copy.copy(policy)
+    knowing.unet = Known()
+    seen = train_judge.seen_in_noise(knowing, z, ["cat", "dog", "ant"], np.array([10, 500, 900]))
+    assert torch.allclose(seen, z, atol=2e-3)
+    noise = torch.randn(3, 4, 8, 8)
+    assert not torch.allclose(true["x_t"], add_noise(z, noise, torch.full((3,), 0.5)))
+
+
+def test_half_formed_things_are_nothing_and_whole_ones_keep_their_names(
+    policy, art, tmp_path, monkeypatch
+):
+    """And each kind of half-formed thing is drawn."""
+    monkeypatch.setattr(train_judge, "load", lambda cls, folder: getattr(policy, folder.name))
+    monkeypatch.setattr(train_judge.train_unet, "load_policy", lambda *_: copy.copy(policy))
+    kinds = []
+    for name in ("whole_latents", "half_formed_latents"):
+        real = getattr(train_judge, name)
+
+        def watched(rng, policy, z, names, real=real, name=name):
+            kinds.append((name, names))
+            return real(rng, policy, z, names)
+
+        monkeypatch.setattr(train_judge, name, watched)
+    (tmp_path / ".data").mkdir()
+    pixels, labels = train_judge.drawn_by_networks(tmp_path, art, torch.device("cpu"), 16)
+    assert pixels.shape == (16, 64, 64, 3) and pixels.dtype == np.uint8
+    assert [name for name, _ in kinds] == ["whole_latents", "half_formed_latents"] * 2
+    assert labels[4:8].tolist() == labels[12:].tolist() == [train_judge.NOTHING] * 4
+    assert [data.NAMES[i] for i in labels[:4]] == kinds[0][1]
+    again, _ = train_judge.drawn_by_networks(tmp_path, None, torch.device("cpu"), 16)
+    assert np.array_equal(again, pixels)  # from the file
+
+
+@pytest.mark.parametrize(
+    "words, verdict",
+    [
+        (["cat", "cat", "dog"], "cat"),
+        (["cat", "none", "none"], "none"),
+        (["cat", "dog", "ant"], "none"),
+        (["cat"], "cat"),
+        (["cat", "dog"], "none"),
+    ],
+)
+def test_the_eye_is_the_majority(words, verdict):
+    assert blind.majority([{7: word} for word in words], 7) == verdict
+
+
+def test_a_picture_that_no_reader_names_is_none():
+    assert blind.majority([{1: "cat"}, {1: "cat"}, {}], 2) == "none"
+
+
+def test_the_figures_count_what_they_say():
+    """Two samples, a weak animal, four further pictures of which the eye rejects three."""
+    kinds = ["sample", "sample", "weak", "other", "other", "malformed", "malformed"]
+    asked = ["cat", "dog", "ant", "fox", "pig", "bee", "cow"]
+    eye = ["cat", "fox", "ant", "fox", "rat", "none", "goat"]
+    judged = ["cat", "dog", "bee", "none", "pig", "bat", "cow"]
+    with np.errstate(invalid="ignore"), pytest.warns(RuntimeWarning, match="empty slice"):
+        found = blind.figures(kinds, asked, eye, judged)
+    assert found["eye names samples"] == 0.5 and found["judge names samples"] == 1
+    assert found["eye names ant"] == 1 and np.isnan(found["eye names whale"])
+    assert found["judge rejects what the eye rejects"] == pytest.approx(1 / 3, abs=1e-4)
+    assert found["judge agrees on the rest"] == 0
+    assert found["share that the eye rejects"] == 0.75
+
+
+def test_the_score_is_that_of_the_majority_and_of_these_weights(tmp_path, monkeypatch):
+    kinds, animals = ["sample", "weak", "other"], data.ANIMALS[:3]
+    (tmp_path / "key").mkdir()
+    (tmp_path / "key" / "key.json").write_text(json.dumps({"kinds": kinds, "asked": animals}))
+    np.save(tmp_path / "key" / "images.npy", np.zeros((3, 64, 64, 3), np.uint8))
+    for i, third in enumerate(["none", animals[2], animals[2]]):
+        lines = [f"{n} {word}" for n, word in enumerate([*animals[:2], third])]
+        (tmp_path / f"reader{i}.txt").write_text("\n".join([*lines, ""]))
+    seen = {}
+    monkeypatch.setattr(judge_module, "load_judge", lambda zoo: None)
+    monkeypatch.setattr(judge_module, "name", lambda *_: [judge_module.NONE, "tree", animals[2]])
+    monkeypatch.setattr(blind, "figures", lambda *lists: seen.update(lists=lists) or {})
+    blind.score(tmp_path, [tmp_path / f"reader{i}.txt" for i in range(3)], tmp_path)
+    assert seen["lists"] == (kinds, animals, animals, ["none", "none", animals[2]])
+    found = json.loads((tmp_path / "blind.json").read_text())
+    assert found["each reader agrees with the majority"] == [0.6667, 1, 1]
+    assert found["weights"] == blind.fingerprint(tmp_path) != blind.fingerprint()
+    assert Image.open(tmp_path / "blind.png").size == (15 * 64, 78)
