@@ -42,7 +42,6 @@ and from the code:
 import math
 import os
 from abc import ABC, abstractmethod
-from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -96,12 +95,9 @@ class Trajectories:
     @staticmethod
     def cat(parts):
         """Several batches as one."""
-        return Trajectories(
-            torch.cat([part.latents for part in parts]),
-            torch.cat([part.log_probs for part in parts]),
-            parts[0].timesteps,
-            torch.cat([part.prompt_embeds for part in parts]),
-        )
+        names = ("latents", "log_probs", "prompt_embeds")
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return Trajectories(timesteps=parts[0].timesteps, **joined)
 
 
 @torch.no_grad()
@@ -196,12 +192,13 @@ class PromptStatistics:
     """App. D.3's running statistics of each prompt: over its last `size` rewards (code: 32)."""
 
     def __init__(self, size=32, min_count=16):
-        self.size, self.min_count, self.history = size, min_count, {}
+        self.size, self.min_count = size, min_count
+        self.history = {}  # {prompt: list of its last rewards}
 
     def remember(self, prompts, rewards):
         """Take in an epoch's rewards. prompts: B str, rewards (B,)."""
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
-            self.history.setdefault(prompt, deque(maxlen=self.size)).append(reward)
+            self.history[prompt] = [*self.history.get(prompt, []), reward][-self.size :]
 
     def mean_std(self, prompts, rewards):
         """Mean and standard deviation to normalise each sample's reward by -> (B,), (B,).
@@ -209,18 +206,10 @@ class PromptStatistics:
         Those of its prompt's remembered rewards; of all this epoch's, while these are too few.
         """
         everyone = rewards.tolist()
-        rows = [self.history.get(prompt, ()) for prompt in prompts]
+        rows = [self.history.get(prompt, []) for prompt in prompts]
         rows = [row if len(row) >= self.min_count else everyone for row in rows]
         mean = torch.tensor([np.mean(row) for row in rows])
         return mean.to(rewards), torch.tensor([np.std(row) for row in rows]).to(rewards)
-
-    def state_dict(self):
-        """For JSON."""
-        return {prompt: list(rewards) for prompt, rewards in self.history.items()}
-
-    def load_state_dict(self, state):
-        """What `state_dict` gave."""
-        self.history = {prompt: deque(row, maxlen=self.size) for prompt, row in state.items()}
 
 
 def normalize_advantages(rewards, mean, std, limit=10.0):
@@ -403,14 +392,13 @@ class DDPO(Algorithm):
     @classmethod
     def settle(cls, settings, given):
         """Every picture is taken once an epoch."""
-        n, size = settings.samples_per_epoch, settings.batch_size or settings.samples_per_epoch
-        require(settings.eta > 0, "--eta 0: a step without noise has no policy gradient")
-        why = "DDPO's ratios need the same guidance in sampling and in training"
-        require(not settings.no_cfg_training, f"--no-cfg-training is for rwr and rwr-sparse: {why}")
-        require(n % size == 0, f"--samples-per-epoch {n} must be a multiple of --batch-size {size}")
-        why = f"each picture is taken once, {n // size} updates of --batch-size {size}"
-        require(settings.updates in (None, n // size), f"--updates {settings.updates}: {why}")
         super().settle(settings, given)
+        n, size, updates = settings.samples_per_epoch, settings.batch_size, settings.updates
+        require(settings.eta > 0, "--eta 0: a step without noise has no policy gradient")
+        require(not settings.no_cfg_training, "--no-cfg-training is for rwr and rwr-sparse only")
+        require(n % size == 0, f"--samples-per-epoch {n} must be a multiple of --batch-size {size}")
+        line = f"--updates {updates}: each picture is taken once, {n // size} updates of {size}"
+        require(updates == n // size, line)
 
     def weights(self, prompts, rewards):
         """The advantages of an epoch's samples, which are remembered."""
@@ -430,16 +418,12 @@ class DDPO(Algorithm):
         for some in samples.split(self.settings.batch_size // processes()[1]):
             yield all_pairs(trajectories, some, advantages)
 
-    def log_probs(self, policy, pairs):
-        """log p now, with gradient, and log p when the actions were taken -> (b,), (b,)."""
+    def losses(self, policy, pairs):
+        """-> losses (b,), what is to be logged of each pair {name: (b,)}."""
         actions = (pairs.trajectories, pairs.i, pairs.k)
         guided = (policy.uncond(), self.settings.guidance)
         now = policy_log_prob(policy.network, policy.sampler, *actions, *guided)
-        return now, pairs.trajectories.log_probs[pairs.i, pairs.k]
-
-    def losses(self, policy, pairs):
-        """-> losses (b,), what is to be logged of each pair {name: (b,)}."""
-        now, old = self.log_probs(policy, pairs)
+        old = pairs.trajectories.log_probs[pairs.i, pairs.k]
         losses = self.estimator(now, old, pairs.advantages)
         return losses, {"k": pairs.k, "log_ratio": (now - old).detach()}
 
@@ -461,11 +445,11 @@ class DDPO(Algorithm):
 
     def state_dict(self):
         """The rewards remembered."""
-        return {"statistics": self.statistics.state_dict()}
+        return {"statistics": self.statistics.history}
 
     def load_state_dict(self, state):
         """What `state_dict` gave."""
-        self.statistics.load_state_dict(state["statistics"])
+        self.statistics.history = state["statistics"]
 
 
 class DDPOScoreFunction(DDPO):
@@ -545,12 +529,7 @@ class RWRSparse(RWR):
         return weights
 
 
-ALGORITHMS = {
-    "ddpo-is": DDPO,
-    "ddpo-sf": DDPOScoreFunction,
-    "rwr": RWR,
-    "rwr-sparse": RWRSparse,
-}
+ALGORITHMS = {"ddpo-is": DDPO, "ddpo-sf": DDPOScoreFunction, "rwr": RWR, "rwr-sparse": RWRSparse}
 
 
 def accumulate(policy, algorithm, batch, micro_batch, scaler):
@@ -619,8 +598,7 @@ def alarms(lines, updates):
     before = [line["grad_norm"] for line in lines[-21:-1] if line["grad_norm"]]  # 0: skipped
     times = now["grad_norm"] / np.median(before) if len(before) >= 3 else 0
     if times > 10:
-        what = f"the gradient's norm is {times:.0f} times what it was"
-        found["gradient"] = f"{what}. Try a smaller --lr"
+        found["gradient"] = f"its norm is {times:.0f} times what it was. Try a smaller --lr"
     if now.get("reward_std") == 0:
         found["spread"] = "all rewards of the epoch are alike: there is nothing to learn from them"
     elif updates > 1 and now["clip_fraction"] is not None and len(lines) >= 3:
@@ -647,8 +625,8 @@ def join(device):
     if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
         return
     absent = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
-    why = f"WORLD_SIZE is set, as for several processes, but {', '.join(absent)} is not"
-    require(not absent, f"{why}: start them by torchrun, set it, or unset WORLD_SIZE")
+    line = f"WORLD_SIZE is set, but {', '.join(absent)} is not: start by torchrun, or unset it"
+    require(not absent, line)
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -687,8 +665,8 @@ def share(items):
 
 
 def gather(mine):
-    """All processes' rows, in the order that `share` dealt. (n, ...) -> (n * world, ...)."""
-    world = processes()[1]
+    """All processes' rows, array or tensor, as `share` dealt. (n, ...) -> (n * world, ...)."""
+    mine, world = torch.as_tensor(mine), processes()[1]
     if world == 1:
         return mine
     parts = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(world)]
