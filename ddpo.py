@@ -101,11 +101,11 @@ class Trajectories:
 
 
 @torch.no_grad()
-def sample(network, sampler, cond, uncond, noise, guidance, tick=None):
+def sample(network, sampler, cond, uncond, noise, guidance):
     """Sec. 4.3: roll out the policy. x_T ~ N(0, I), then T actions x_{t-1} ~ p_theta(. | x_t, c).
 
     cond (B, m, d); uncond (1, m, d), the empty prompt; noise (B, T+1, 4, h, w), for x_T and for
-    each action -> Trajectories. `tick()`, where given, is called after every step.
+    each action -> Trajectories.
     """
     x = noise[:, 0]
     latents, log_probs = [x], []
@@ -115,8 +115,6 @@ def sample(network, sampler, cond, uncond, noise, guidance, tick=None):
         x, mean, std = sampler.step(eps, x, t, noise[:, k + 1])
         latents.append(x)
         log_probs.append(gaussian_log_prob(x, mean, std))
-        if tick:
-            tick()
     latents, log_probs = torch.stack(latents, dim=1), torch.stack(log_probs, dim=1)
     return Trajectories(latents, log_probs, sampler.timesteps, cond)
 
@@ -165,7 +163,7 @@ class Policy:
         """The embedding of the empty prompt (1, m, d)."""
         return self.embed([""])
 
-    def sample(self, prompts, names, batch, tick=None):
+    def sample(self, prompts, names, batch):
         """Pictures for the prompts, `batch` at a time; sample i has the noise called names[i].
 
         prompts: N str; names: N tuples of int -> yields Trajectories, images uint8 (b, H, W, 3).
@@ -176,7 +174,7 @@ class Policy:
             some = slice(start, start + batch)
             noise = torch.stack([named_noise(shape, T + 1, *name) for name in names[some]])
             inputs = (self.embed(prompts[some]), self.uncond(), noise.to(self.device))
-            trajectories = sample(self.network, self.sampler, *inputs, self.guidance, tick)
+            trajectories = sample(self.network, self.sampler, *inputs, self.guidance)
             yield trajectories, self.decode(trajectories.latents[:, -1])
 
     @torch.no_grad()
@@ -319,8 +317,7 @@ class Pairs:
 def all_pairs(trajectories, samples, advantages):
     """Every action of the trajectories `samples` (b,), timestep by timestep -> Pairs (T * b,).
 
-    All of them go into one gradient, so that their order changes nothing but rounding; in this one,
-    micro-batches of the rollout's size repeat the rollout's arithmetic.
+    In this order micro-batches of the rollout's size repeat the rollout's arithmetic.
     """
     steps = torch.arange(len(trajectories.timesteps), device=samples.device)
     k, i = torch.meshgrid(steps, samples, indexing="ij")

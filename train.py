@@ -71,12 +71,11 @@ def roll_out(run, prompts, epoch, record):
     """Sample this process's share of the pictures -> their records, images uint8 (n, H, W, 3)."""
     c, records, images = run.config, [], []
     names = [(c.seed, epoch, i) for i in share(range(len(prompts)))]
-    batches = math.ceil(len(names) / c.sample_batch)
-    with progress("sampling", "step", batches * c.steps) as bar:
-        sampled = run.policy.sample(share(prompts), names, c.sample_batch, bar.update)
-        for trajectories, drawn in sampled:
-            records.append(record(trajectories))
-            images.append(drawn)
+    batches = run.policy.sample(share(prompts), names, c.sample_batch)
+    total = math.ceil(len(names) / c.sample_batch)
+    for trajectories, drawn in progress(batches, "sampling", total):
+        records.append(record(trajectories))
+        images.append(drawn)
     return records, np.concatenate(images)
 
 
@@ -100,11 +99,9 @@ def train_epoch(run, records, prompts, weights, epoch):
         optimizer.state.clear()
         before = 0  # Adam's first steps again
     batches = algorithm.batches(run.policy, records, prompts, weights, name)
-    with progress("training", "update", c.updates) as bar:
-        for n, batch in enumerate(batches, before + 1):
-            optimizer.param_groups[0]["lr"] = c.lr * min(1, n / (c.warmup + 1))
-            updates.append(ddpo.optimizer_step(run.policy, algorithm, optimizer, batch, *limits))
-            bar.update()
+    for n, batch in enumerate(progress(batches, "training", c.updates), before + 1):
+        optimizer.param_groups[0]["lr"] = c.lr * min(1, n / (c.warmup + 1))
+        updates.append(ddpo.optimizer_step(run.policy, algorithm, optimizer, batch, *limits))
     optimizer.zero_grad()  # room for sampling: 3.4 GB of SD v1.4
     ratios = ("approx_kl", "clip_fraction", "clip_fraction_by_step", "first_ratio_error")
     return {**dict.fromkeys(ratios), **ddpo.averaged(updates)}
@@ -225,25 +222,24 @@ def merge(given, folder, algorithm):
     """The command line over the model's ddpo.json over the paper's numbers -> Config."""
     own = model_settings(folder, given)
     reward, name = given.get("reward", Config.reward), given.get("algorithm", Config.algorithm)
-    paper = {"prompts": PROMPTS.get(reward, Config.prompts), **algorithm.defaults}
-    parts = ["all", reward, name]  # the later one wins
-    if given.get("lora_rank"):
-        paper["lr"] = 3e-4  # App. C
-        parts.insert(2, "lora")
-    layers = [paper, *[own.get(part, {}) for part in parts], given]
-    return Config(**{key: value for layer in layers for key, value in layer.items()})
+    lora = "lora" if given.get("lora_rank") else None
+    settings = {"prompts": PROMPTS.get(reward, Config.prompts), **algorithm.defaults}
+    if lora:
+        settings["lr"] = 3e-4  # App. C
+    for part in ("all", reward, lora, name):  # the later one wins
+        settings.update(own.get(part, {}))
+    return Config(**{**settings, **given})
 
 
 def check(config, given, algorithm):
     """Fill in what the algorithm decides, and refuse what cannot be. Raises UserError."""
     c, world = config, ddpo.processes()[1]
     for name, f in FIELDS.items():
-        value, least = getattr(c, name), f.metadata["least"]
+        value, least, most = getattr(c, name), f.metadata["least"], f.metadata["most"]
         if f.type in (int, float) and value is not None:
             bound = "above 0" if least is None else f"at least {least}"
             fits = math.isfinite(value) and (value > 0 if least is None else value >= least)
             require(fits, f"{flag(name)} {value}: must be finite and {bound}")
-            most = f.metadata["most"]
             require(value <= most, f"{flag(name)} {value}: at most {most}")
     algorithm.settle(c, given)
     n, each, fixed = c.samples_per_epoch, c.samples_per_prompt, c.eval_samples // 2 * 2
@@ -277,10 +273,9 @@ def resumed(given):
     before = read_json(stored)
     require(set(before) <= set(FIELDS), f"{stored} is not of this version of train.py")
     for name, value in given.items():
-        same = before.get(name) == value
-        if ".py:" in str(value):  # the file may have moved
-            same = str(before.get(name)).rpartition(":")[2] == str(value).rpartition(":")[2]
-        fits = same or "free" in FIELDS[name].metadata["rules"]
+        # a user's file may have moved: what it is asked for counts
+        was, now = (str(spec).rpartition(".py:")[2] for spec in (before.get(name), value))
+        fits = was == now or before.get(name) == value or "free" in FIELDS[name].metadata["rules"]
         require(fits, f"--resume goes on with the settings of {stored}: leave out {flag(name)}")
     return {**before, **given}
 
@@ -321,9 +316,8 @@ def draw_prompts(prompts, samples, repeats, rng):
 
 def spread_prompts(prompts, count):
     """`count` prompts to evaluate on, spread over the whole set, or going round it."""
-    if len(prompts) > count:
-        return [prompts[i * len(prompts) // count] for i in range(count)]
-    return [prompts[i % len(prompts)] for i in range(count)]
+    span = max(count, len(prompts))
+    return [prompts[i * span // count % len(prompts)] for i in range(count)]
 
 
 def load_policy(folder, device, config):
@@ -480,10 +474,10 @@ def loop(run):
                 write_checkpoint(run, done)
 
 
-def progress(text, unit, total):
-    """A progress bar, of the first process, on a terminal."""
+def progress(batches, text, total):
+    """The batches, with a progress bar of the first process on a terminal."""
     quiet = True if ddpo.processes()[0] else None
-    return tqdm(desc=text, unit=unit, total=total, leave=False, disable=quiet)
+    return tqdm(batches, text, total, leave=False, disable=quiet)
 
 
 def evaluate(run, epoch):
