@@ -624,10 +624,9 @@ def join(device):
     absent = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     line = f"WORLD_SIZE is set, but {', '.join(absent)} is not: start by torchrun, or unset it"
     require(not absent, line)
-    backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=2))  # a slow reward is no death
     dist.barrier()
 
