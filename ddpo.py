@@ -42,7 +42,6 @@ and from the code:
 import math
 import os
 from abc import ABC, abstractmethod
-from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -96,20 +95,17 @@ class Trajectories:
     @staticmethod
     def cat(parts):
         """Several batches as one."""
-        return Trajectories(
-            torch.cat([part.latents for part in parts]),
-            torch.cat([part.log_probs for part in parts]),
-            parts[0].timesteps,
-            torch.cat([part.prompt_embeds for part in parts]),
-        )
+        names = ("latents", "log_probs", "prompt_embeds")
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return Trajectories(timesteps=parts[0].timesteps, **joined)
 
 
 @torch.no_grad()
-def sample(network, sampler, cond, uncond, noise, guidance, tick=None):
+def sample(network, sampler, cond, uncond, noise, guidance):
     """Sec. 4.3: roll out the policy. x_T ~ N(0, I), then T actions x_{t-1} ~ p_theta(. | x_t, c).
 
     cond (B, m, d); uncond (1, m, d), the empty prompt; noise (B, T+1, 4, h, w), for x_T and for
-    each action -> Trajectories. `tick()`, where given, is called after every step.
+    each action -> Trajectories.
     """
     x = noise[:, 0]
     latents, log_probs = [x], []
@@ -119,8 +115,6 @@ def sample(network, sampler, cond, uncond, noise, guidance, tick=None):
         x, mean, std = sampler.step(eps, x, t, noise[:, k + 1])
         latents.append(x)
         log_probs.append(gaussian_log_prob(x, mean, std))
-        if tick:
-            tick()
     latents, log_probs = torch.stack(latents, dim=1), torch.stack(log_probs, dim=1)
     return Trajectories(latents, log_probs, sampler.timesteps, cond)
 
@@ -169,7 +163,7 @@ class Policy:
         """The embedding of the empty prompt (1, m, d)."""
         return self.embed([""])
 
-    def sample(self, prompts, names, batch, tick=None):
+    def sample(self, prompts, names, batch):
         """Pictures for the prompts, `batch` at a time; sample i has the noise called names[i].
 
         prompts: N str; names: N tuples of int -> yields Trajectories, images uint8 (b, H, W, 3).
@@ -180,7 +174,7 @@ class Policy:
             some = slice(start, start + batch)
             noise = torch.stack([named_noise(shape, T + 1, *name) for name in names[some]])
             inputs = (self.embed(prompts[some]), self.uncond(), noise.to(self.device))
-            trajectories = sample(self.network, self.sampler, *inputs, self.guidance, tick)
+            trajectories = sample(self.network, self.sampler, *inputs, self.guidance)
             yield trajectories, self.decode(trajectories.latents[:, -1])
 
     @torch.no_grad()
@@ -196,12 +190,13 @@ class PromptStatistics:
     """App. D.3's running statistics of each prompt: over its last `size` rewards (code: 32)."""
 
     def __init__(self, size=32, min_count=16):
-        self.size, self.min_count, self.history = size, min_count, {}
+        self.size, self.min_count = size, min_count
+        self.history = {}  # {prompt: list of its last rewards}
 
     def remember(self, prompts, rewards):
         """Take in an epoch's rewards. prompts: B str, rewards (B,)."""
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
-            self.history.setdefault(prompt, deque(maxlen=self.size)).append(reward)
+            self.history[prompt] = [*self.history.get(prompt, []), reward][-self.size :]
 
     def mean_std(self, prompts, rewards):
         """Mean and standard deviation to normalise each sample's reward by -> (B,), (B,).
@@ -209,18 +204,10 @@ class PromptStatistics:
         Those of its prompt's remembered rewards; of all this epoch's, while these are too few.
         """
         everyone = rewards.tolist()
-        rows = [self.history.get(prompt, ()) for prompt in prompts]
+        rows = [self.history.get(prompt, []) for prompt in prompts]
         rows = [row if len(row) >= self.min_count else everyone for row in rows]
         mean = torch.tensor([np.mean(row) for row in rows])
         return mean.to(rewards), torch.tensor([np.std(row) for row in rows]).to(rewards)
-
-    def state_dict(self):
-        """For JSON."""
-        return {prompt: list(rewards) for prompt, rewards in self.history.items()}
-
-    def load_state_dict(self, state):
-        """What `state_dict` gave."""
-        self.history = {prompt: deque(row, maxlen=self.size) for prompt, row in state.items()}
 
 
 def normalize_advantages(rewards, mean, std, limit=10.0):
@@ -330,8 +317,7 @@ class Pairs:
 def all_pairs(trajectories, samples, advantages):
     """Every action of the trajectories `samples` (b,), timestep by timestep -> Pairs (T * b,).
 
-    All of them go into one gradient, so that their order changes nothing but rounding; in this one,
-    micro-batches of the rollout's size repeat the rollout's arithmetic.
+    In this order micro-batches of the rollout's size repeat the rollout's arithmetic.
     """
     steps = torch.arange(len(trajectories.timesteps), device=samples.device)
     k, i = torch.meshgrid(steps, samples, indexing="ij")
@@ -403,14 +389,13 @@ class DDPO(Algorithm):
     @classmethod
     def settle(cls, settings, given):
         """Every picture is taken once an epoch."""
-        n, size = settings.samples_per_epoch, settings.batch_size or settings.samples_per_epoch
-        require(settings.eta > 0, "--eta 0: a step without noise has no policy gradient")
-        why = "DDPO's ratios need the same guidance in sampling and in training"
-        require(not settings.no_cfg_training, f"--no-cfg-training is for rwr and rwr-sparse: {why}")
-        require(n % size == 0, f"--samples-per-epoch {n} must be a multiple of --batch-size {size}")
-        why = f"each picture is taken once, {n // size} updates of --batch-size {size}"
-        require(settings.updates in (None, n // size), f"--updates {settings.updates}: {why}")
         super().settle(settings, given)
+        n, size, updates = settings.samples_per_epoch, settings.batch_size, settings.updates
+        require(settings.eta > 0, "--eta 0: a step without noise has no policy gradient")
+        require(not settings.no_cfg_training, "--no-cfg-training is for rwr and rwr-sparse only")
+        require(n % size == 0, f"--samples-per-epoch {n} must be a multiple of --batch-size {size}")
+        line = f"--updates {updates}: each picture is taken once, {n // size} updates of {size}"
+        require(updates == n // size, line)
 
     def weights(self, prompts, rewards):
         """The advantages of an epoch's samples, which are remembered."""
@@ -430,16 +415,12 @@ class DDPO(Algorithm):
         for some in samples.split(self.settings.batch_size // processes()[1]):
             yield all_pairs(trajectories, some, advantages)
 
-    def log_probs(self, policy, pairs):
-        """log p now, with gradient, and log p when the actions were taken -> (b,), (b,)."""
+    def losses(self, policy, pairs):
+        """-> losses (b,), what is to be logged of each pair {name: (b,)}."""
         actions = (pairs.trajectories, pairs.i, pairs.k)
         guided = (policy.uncond(), self.settings.guidance)
         now = policy_log_prob(policy.network, policy.sampler, *actions, *guided)
-        return now, pairs.trajectories.log_probs[pairs.i, pairs.k]
-
-    def losses(self, policy, pairs):
-        """-> losses (b,), what is to be logged of each pair {name: (b,)}."""
-        now, old = self.log_probs(policy, pairs)
+        old = pairs.trajectories.log_probs[pairs.i, pairs.k]
         losses = self.estimator(now, old, pairs.advantages)
         return losses, {"k": pairs.k, "log_ratio": (now - old).detach()}
 
@@ -461,11 +442,11 @@ class DDPO(Algorithm):
 
     def state_dict(self):
         """The rewards remembered."""
-        return {"statistics": self.statistics.state_dict()}
+        return {"statistics": self.statistics.history}
 
     def load_state_dict(self, state):
         """What `state_dict` gave."""
-        self.statistics.load_state_dict(state["statistics"])
+        self.statistics.history = state["statistics"]
 
 
 class DDPOScoreFunction(DDPO):
@@ -545,12 +526,7 @@ class RWRSparse(RWR):
         return weights
 
 
-ALGORITHMS = {
-    "ddpo-is": DDPO,
-    "ddpo-sf": DDPOScoreFunction,
-    "rwr": RWR,
-    "rwr-sparse": RWRSparse,
-}
+ALGORITHMS = {"ddpo-is": DDPO, "ddpo-sf": DDPOScoreFunction, "rwr": RWR, "rwr-sparse": RWRSparse}
 
 
 def accumulate(policy, algorithm, batch, micro_batch, scaler):
@@ -619,8 +595,7 @@ def alarms(lines, updates):
     before = [line["grad_norm"] for line in lines[-21:-1] if line["grad_norm"]]  # 0: skipped
     times = now["grad_norm"] / np.median(before) if len(before) >= 3 else 0
     if times > 10:
-        what = f"the gradient's norm is {times:.0f} times what it was"
-        found["gradient"] = f"{what}. Try a smaller --lr"
+        found["gradient"] = f"its norm is {times:.0f} times what it was. Try a smaller --lr"
     if now.get("reward_std") == 0:
         found["spread"] = "all rewards of the epoch are alike: there is nothing to learn from them"
     elif updates > 1 and now["clip_fraction"] is not None and len(lines) >= 3:
@@ -647,12 +622,11 @@ def join(device):
     if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
         return
     absent = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
-    why = f"WORLD_SIZE is set, as for several processes, but {', '.join(absent)} is not"
-    require(not absent, f"{why}: start them by torchrun, set it, or unset WORLD_SIZE")
-    backend = "gloo"
+    line = f"WORLD_SIZE is set, but {', '.join(absent)} is not: start by torchrun, or unset it"
+    require(not absent, line)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=2))  # a slow reward is no death
     dist.barrier()
 
@@ -687,8 +661,8 @@ def share(items):
 
 
 def gather(mine):
-    """All processes' rows, in the order that `share` dealt. (n, ...) -> (n * world, ...)."""
-    world = processes()[1]
+    """All processes' rows, array or tensor, as `share` dealt. (n, ...) -> (n * world, ...)."""
+    mine, world = torch.as_tensor(mine), processes()[1]
     if world == 1:
         return mine
     parts = [torch.empty_like(mine, memory_format=torch.contiguous_format) for _ in range(world)]

@@ -3,16 +3,7 @@
 Denoising is an MDP with exact likelihoods (Sec. 4.3) because each step is an isotropic Gaussian
 whose mean the network sets and whose standard deviation is fixed: Eq. 2, mu_theta and sigma_t.
 Timesteps t are of the 1000 that the network was trained with; sampling visits T of them, and
-x_{t-1}, alpha_bar_prev are those of the next one visited. In reading order:
-
-    add_noise                               the forward process q(x_t | x_0)
-    predicted_x0, ddim_std, ddim_mean_std   one step of the reverse process, as a Gaussian
-    gaussian_log_prob                       log p of an action x_{t-1}
-    named_noise                             the noise of every sample, drawn by a name of its own
-    NoiseSchedule                           how much of the picture is left at 1000 timesteps
-    Sampler                                 T of these timesteps and an eta: the policy's steps
-
-What the numbers of a `Sampler` make it:
+x_{t-1}, alpha_bar_prev are those of the next one visited. What the numbers of a `Sampler` make it:
 
     T = 1000, eta = 1       DDPM with the posterior's variance (Ho et al. 2020); steps_offset 0
     T < 1000, eta = 1       the same on a subsequence: the paper's, T = 50 (App. D.5; eta: code)
@@ -175,8 +166,7 @@ class NoiseSchedule:
         """
         for name, value in SD_V1_FIELDS.items():
             given = config.get(name, value)
-            only = f"only {value!r} (that of SD v1.x) is implemented"
-            require(given == value, f"{where} has {name} = {given!r}; {only}")
+            require(given == value, f"{where} has {name} = {given!r}; only {value!r} is known here")
         first, last = config.get("beta_start"), config.get("beta_end")
         count, offset = config.get("num_train_timesteps", 1000), config.get("steps_offset", 0)
         kind = config.get("beta_schedule")
@@ -219,18 +209,17 @@ class Sampler:
         N = len(schedule.alphas_bar)
         require(1 <= T <= N, f"--steps {T}: between 1 and {N} denoising steps are possible")
         self.schedule, self.T, self.eta = schedule, T, eta
-        self.stride = N // T
-        ascending = torch.arange(T, device=schedule.alphas_bar.device) * self.stride
-        self.timesteps = ascending.flip(0) + schedule.steps_offset
-        first, offset = (T - 1) * self.stride + schedule.steps_offset, schedule.steps_offset
+        self.stride, offset = N // T, schedule.steps_offset
+        first = (T - 1) * self.stride + offset
         require(first < N, f"--steps {T}: with steps_offset {offset}, timestep {first} of {N}")
+        ascending = torch.arange(offset, first + 1, self.stride, device=schedule.alphas_bar.device)
+        self.timesteps = ascending.flip(0)
 
     def alpha_bar(self, timesteps):
         """alpha_bar at each timestep and at the next one of sampling. (B,) -> (B,), (B,)."""
-        alphas_bar, previous = self.schedule.alphas_bar, timesteps - self.stride
-        prev = torch.where(
-            previous >= 0, alphas_bar[previous.clamp(min=0)], self.schedule.final_alpha_bar
-        )
+        alphas_bar, final = self.schedule.alphas_bar, self.schedule.final_alpha_bar
+        previous = timesteps - self.stride
+        prev = torch.where(previous >= 0, alphas_bar[previous.clamp(min=0)], final)
         return alphas_bar[timesteps], prev
 
     def mean_std(self, eps, x_t, timesteps):

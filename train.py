@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import ddpo
@@ -49,7 +50,7 @@ def one_epoch(run, epoch):
     c, clock = run.config, [time.time()]
     rng = np.random.default_rng([c.seed, epoch])  # so that all processes draw the same
     prompts = draw_prompts(run.prompts, c.samples_per_epoch, c.samples_per_prompt, rng)  # c ~ p(c)
-    records, images = roll_out(run, prompts, epoch)  # x_T ... x_0 ~ p_theta, this one's share
+    records, images = roll_out(run, prompts, epoch, run.algorithm.record)  # x_T ... x_0 ~ p_theta
     clock.append(time.time())
 
     rewards, _ = score(run.reward, images, prompts)  # r(x_0, c), of all samples
@@ -66,11 +67,14 @@ def one_epoch(run, epoch):
     return {**observed, **learned, **dict(zip(parts, np.diff(clock).round(3).tolist()))}
 
 
-def roll_out(run, prompts, epoch):
-    """Sample this process's share of the pictures -> what training needs of them, images."""
-    records, images = [], []
-    for trajectories, drawn in draw(run, prompts, epoch, f"epoch {epoch}: sampling"):
-        records.append(run.algorithm.record(trajectories))
+def roll_out(run, prompts, epoch, record):
+    """Sample this process's share of the pictures -> their records, images uint8 (n, H, W, 3)."""
+    c, records, images = run.config, [], []
+    names = [(c.seed, epoch, i) for i in share(range(len(prompts)))]
+    batches = run.policy.sample(share(prompts), names, c.sample_batch)
+    total = math.ceil(len(names) / c.sample_batch)
+    for trajectories, drawn in progress(batches, "sampling", total):
+        records.append(record(trajectories))
         images.append(drawn)
     return records, np.concatenate(images)
 
@@ -78,7 +82,12 @@ def roll_out(run, prompts, epoch):
 def score(reward, images, prompts):
     """The rewards (N,) of all processes' pictures, and what the reward shows of this one's."""
     scores, shown = checked(reward, images, share(prompts))
-    return gathered(scores), shown
+    return gather(scores).numpy(), shown
+
+
+def spread(run, images, prompts):
+    """The diversity of all processes' pictures; None without CLIP."""
+    return diversity(gather(run.clip(images)).numpy(), prompts) if run.clip else None
 
 
 def train_epoch(run, records, prompts, weights, epoch):
@@ -89,40 +98,19 @@ def train_epoch(run, records, prompts, weights, epoch):
     if algorithm.fresh_optimizer:
         optimizer.state.clear()
         before = 0  # Adam's first steps again
-    with progress(f"epoch {epoch}: training", "update", c.updates) as bar:
-        for batch in algorithm.batches(run.policy, records, prompts, weights, name):
-            warm = min(1, (before + len(updates) + 1) / (c.warmup + 1))
-            optimizer.param_groups[0]["lr"] = c.lr * warm
-            updates.append(ddpo.optimizer_step(run.policy, algorithm, optimizer, batch, *limits))
-            bar.update()
+    batches = algorithm.batches(run.policy, records, prompts, weights, name)
+    for n, batch in enumerate(progress(batches, "training", c.updates), before + 1):
+        optimizer.param_groups[0]["lr"] = c.lr * min(1, n / (c.warmup + 1))
+        updates.append(ddpo.optimizer_step(run.policy, algorithm, optimizer, batch, *limits))
     optimizer.zero_grad()  # room for sampling: 3.4 GB of SD v1.4
     ratios = ("approx_kl", "clip_fraction", "clip_fraction_by_step", "first_ratio_error")
     return {**dict.fromkeys(ratios), **ddpo.averaged(updates)}
 
 
-def draw(run, prompts, epoch, description):
-    """This process's share of the pictures -> yields Trajectories, images uint8 (b, H, W, 3)."""
-    c = run.config
-    names = [(c.seed, epoch, i) for i in share(range(len(prompts)))]
-    batches = math.ceil(len(names) / c.sample_batch)
-    with progress(description, "step", batches * c.steps) as bar:
-        yield from run.policy.sample(share(prompts), names, c.sample_batch, bar.update)
-
-
-def gathered(values):
-    """`ddpo.gather` of a numpy array or a tensor -> numpy array."""
-    return gather(torch.as_tensor(values)).numpy()
-
-
-def spread(run, images, prompts):
-    """The diversity of all processes' pictures; None without CLIP."""
-    return diversity(gathered(run.clip(images)), prompts) if run.clip else None
-
-
-def setting(default, help, rules="", least=None):
-    """A field of `Config`. least: the smallest number it may be; by default any above 0."""
+def setting(default, help, rules="", least=None, most=math.inf):
+    """A field of `Config`. least, most: the bounds of a number; by default any above 0."""
     # rules: "free", it may differ after --resume; "user", a model's ddpo.json may not set it
-    metadata = {"help": help, "rules": rules, "least": least}
+    metadata = {"help": help, "rules": rules, "least": least, "most": most}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -140,7 +128,7 @@ class Config:
     samples_per_epoch: int = setting(256, "pictures an epoch (paper: 256; RWR 10,000)")
     samples_per_prompt: int = setting(1, "pictures of each prompt in an epoch (paper: 1)")
     steps: int = setting(50, "denoising steps T (paper: 50)")
-    eta: float = setting(1.0, "DDIM's noise: 1 as DDPM; 0 has no policy gradient", least=0)
+    eta: float = setting(1.0, "DDIM's noise: 1 as DDPM; 0 has no policy gradient", least=0, most=1)
     guidance: float = setting(5.0, "guidance weight w (paper: 5.0)", least=0)
     lr: float = setting(1e-5, "AdamW's learning rate (paper: 1e-5; LoRA 3e-4)", "free")
     warmup: int = setting(0, "updates over which lr rises to its value (paper: 0)", least=0)
@@ -150,7 +138,7 @@ class Config:
     batch_size: int = setting(None, "pictures an update (paper: 64; DDPO_SF 256; RWR 128)")
     updates: int = setting(None, "RWR: updates an epoch (paper: 400); DDPO: each picture once")
     beta: float = setting(0.2, "RWR: inverse temperature, per unit of reward (paper: 0.2)")
-    percentile: float = setting(0.9, "RWR-sparse: keep a prompt's rewards from it on", least=0)
+    percentile: float = setting(0.9, "RWR-sparse: keep rewards from it on", least=0, most=1)
     no_cfg_training: bool = setting(False, "RWR: train the unguided prediction (App. E.1)")
     history_size: int = setting(32, "rewards of a prompt to normalise by (code: 32)")
     min_count: int = setting(16, "rewards of a prompt before they are used for it (code: 16)")
@@ -202,11 +190,8 @@ def flag(name):
 
 def parse(argv):
     """Command line -> the options given there, as {name: value}."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     kinds = {bool: {"action": "store_true"}, list: {"action": "append"}}
     for name, f in FIELDS.items():
         if name in HEADINGS:
@@ -223,13 +208,12 @@ def model_settings(folder, given):
     own = read_json(path) if path.is_file() else {}
     fits = set(own) <= set(known) and {*map(type, own.values())} <= {dict}
     require(fits, f'{path}: needed is JSON such as {{"all": {{"lr": 0.1}}}}, of {", ".join(known)}')
-    settings = [item for part in own.values() for item in part.items() if item[0] not in given]
-    for name, value in settings:
-        f, line = FIELDS.get(name), f"{path} sets {name} = {value!r}"
-        kinds = (int, float) if f and f.type is float else (f and f.type,)
-        fits = type(value) in kinds and "user" not in f.metadata["rules"]
+    kinds = {name: f.type for name, f in FIELDS.items() if "user" not in f.metadata["rules"]}
+    for name, value in [item for part in own.values() for item in part.items()]:
+        line, kind = f"{path} sets {name} = {value!r}", kinds.get(name)
+        fits = type(value) is kind or (kind is float and type(value) is int)
         require(fits, f"{line}: no setting of a model, or not of its type")
-        ours = ".py:" not in str(value) or folder.resolve() == ZOO.resolve()
+        ours = name in given or ".py:" not in str(value) or folder.resolve() == ZOO.resolve()
         require(ours, f"{line}: a model's settings may run no code; give {flag(name)} yourself")
     return own
 
@@ -238,29 +222,28 @@ def merge(given, folder, algorithm):
     """The command line over the model's ddpo.json over the paper's numbers -> Config."""
     own = model_settings(folder, given)
     reward, name = given.get("reward", Config.reward), given.get("algorithm", Config.algorithm)
-    paper = {"prompts": PROMPTS.get(reward, Config.prompts), **algorithm.defaults}
-    parts = ["all", reward, name]  # the later one wins
-    if given.get("lora_rank"):
-        paper["lr"] = 3e-4  # App. C
-        parts.insert(2, "lora")
-    layers = [paper, *[own.get(part, {}) for part in parts], given]
-    return Config(**{key: value for layer in layers for key, value in layer.items()})
+    lora = "lora" if given.get("lora_rank") else None
+    settings = {"prompts": PROMPTS.get(reward, Config.prompts), **algorithm.defaults}
+    if lora:
+        settings["lr"] = 3e-4  # App. C
+    for part in ("all", reward, lora, name):  # the later one wins
+        settings.update(own.get(part, {}))
+    return Config(**{**settings, **given})
 
 
 def check(config, given, algorithm):
     """Fill in what the algorithm decides, and refuse what cannot be. Raises UserError."""
     c, world = config, ddpo.processes()[1]
     for name, f in FIELDS.items():
-        value, least = getattr(c, name), f.metadata["least"]
+        value, least, most = getattr(c, name), f.metadata["least"], f.metadata["most"]
         if f.type in (int, float) and value is not None:
             bound = "above 0" if least is None else f"at least {least}"
             fits = math.isfinite(value) and (value > 0 if least is None else value >= least)
             require(fits, f"{flag(name)} {value}: must be finite and {bound}")
+            require(value <= most, f"{flag(name)} {value}: at most {most}")
     algorithm.settle(c, given)
     n, each, fixed = c.samples_per_epoch, c.samples_per_prompt, c.eval_samples // 2 * 2
     require(c.precision in PRECISIONS, f"--precision {c.precision}: fp32, bf16 or fp16")
-    require(c.eta <= 1, f"--eta {c.eta:g}: at most 1")
-    require(c.percentile <= 1, f"--percentile {c.percentile:g}: from 0 (keep all) to 1 (the best)")
     few = f"--min-count {c.min_count} is more than --history-size {c.history_size}"
     require(c.min_count <= c.history_size, few)
     require(n % each == 0, f"--samples-per-epoch {n}: no multiple of --samples-per-prompt ({each})")
@@ -288,15 +271,11 @@ def resumed(given):
         return given
     require(stored.is_file(), f"--resume needs --out, the run's folder; {out} holds no config.json")
     before = read_json(stored)
-    require(
-        set(before) <= set(FIELDS),
-        f"{stored} was written by another version of train.py, or by another program",
-    )
+    require(set(before) <= set(FIELDS), f"{stored} is not of this version of train.py")
     for name, value in given.items():
-        same = before.get(name) == value
-        if ".py:" in str(value):  # the file may have moved
-            same = str(before.get(name)).rpartition(":")[2] == str(value).rpartition(":")[2]
-        fits = same or "free" in FIELDS[name].metadata["rules"]
+        # a user's file may have moved: what it is asked for counts
+        was, now = (str(spec).rpartition(".py:")[2] for spec in (before.get(name), value))
+        fits = was == now or before.get(name) == value or "free" in FIELDS[name].metadata["rules"]
         require(fits, f"--resume goes on with the settings of {stored}: leave out {flag(name)}")
     return {**before, **given}
 
@@ -316,10 +295,10 @@ def choose_device(name, option="--device"):
 def load_prompts(name):
     """The prompts of a named set, or of a text file, one a line -> list of str, each once."""
     named = {path.stem: path for path in sorted(PROMPT_SETS.glob("*.txt"))}
-    neither = f"neither a file that can be read nor one of {', '.join(named)}"
     try:
         text = named.get(name, Path(name)).read_text(encoding="utf-8-sig", errors="replace")
     except OSError:
+        neither = f"neither a file that can be read nor one of {', '.join(named)}"
         raise UserError(f"--prompts {name}: {neither}") from None
     require(not {"\0", "\ufffd"} & {*text}, f"--prompts {name}: not a text file in UTF-8")
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
@@ -337,9 +316,8 @@ def draw_prompts(prompts, samples, repeats, rng):
 
 def spread_prompts(prompts, count):
     """`count` prompts to evaluate on, spread over the whole set, or going round it."""
-    if len(prompts) > count:
-        return [prompts[i * len(prompts) // count] for i in range(count)]
-    return [prompts[i % len(prompts)] for i in range(count)]
+    span = max(count, len(prompts))
+    return [prompts[i * span // count % len(prompts)] for i in range(count)]
 
 
 def load_policy(folder, device, config):
@@ -411,15 +389,15 @@ def choose_algorithm(name):
 def set_own(algorithm, texts):
     """--set name=value for the numbers and words among the algorithm's class attributes."""
     cls = type(algorithm)
-    kinds = {name: type(getattr(cls, name)) for name in dir(cls) if name[0] != "_"}
-    known = [name for name, kind in kinds.items() if kind in (int, float, str)]
+    members = [(name, type(getattr(cls, name))) for name in dir(cls) if name[0] != "_"]
+    kinds = {name: kind for name, kind in members if kind in (int, float, str)}
+    known = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
     for text in texts or []:
         name, _, value = text.partition("=")
-        require(name in known, f"--set {text}: {cls.__name__} knows {', '.join(known) or 'none'}")
         try:
             setattr(algorithm, name, kinds[name](value))
-        except ValueError:
-            raise UserError(f"--set {text}: must be of type {kinds[name].__name__}") from None
+        except (KeyError, ValueError):
+            raise UserError(f"--set {text}: {cls.__name__} knows {known or 'none'}") from None
 
 
 def prepare(given):
@@ -457,14 +435,13 @@ def load_rewards(config, device):
     """The reward, those to watch beside it {name: function}, and CLIP, or None."""
     device = choose_device(config.reward_device or str(device), "--reward-device")
     reward = make_reward(config.reward, config, device)
-    names = [name.strip() for name in config.metrics.split(",")]
-    names = [name for name in names if name not in ("", config.reward)]
-    watched = {
-        name.rpartition(":")[2]: make_reward(name, config, device, "--metrics") for name in names
-    }
-    taken = "epoch, prompts, reward, rewards"
-    fits = len(watched) == len(names) and not {*taken.split(", ")} & {*watched}
-    require(fits, f"--metrics {config.metrics}: names must differ, also from {taken}")
+    watched, taken = {}, ("epoch", "prompts", "reward", "rewards", "shown")
+    specs = [spec.strip() for spec in config.metrics.split(",")]
+    for spec in [spec for spec in specs if spec not in ("", config.reward)]:
+        name = spec.rpartition(":")[2]
+        line = f"--metrics {config.metrics}: names must differ, also from {', '.join(taken)}"
+        require(name not in (*watched, *taken), line)
+        watched[name] = make_reward(spec, config, device, "--metrics")
     try:
         return reward, watched, clip_embedder(config.clip, device)
     except UserError as error:
@@ -497,28 +474,28 @@ def loop(run):
                 write_checkpoint(run, done)
 
 
-def progress(text, unit, total):
-    """A progress bar, of the first process, on a terminal."""
+def progress(batches, text, total):
+    """The batches, with a progress bar of the first process on a terminal."""
     quiet = True if ddpo.processes()[0] else None
-    return tqdm(desc=text, unit=unit, total=total, leave=False, disable=quiet)
+    return tqdm(batches, text, total, leave=False, disable=quiet)
 
 
 def evaluate(run, epoch):
     """Reward the fixed prompts and noises; write the pictures and their rewards -> metrics."""
     prompts = 2 * spread_prompts(run.prompts, run.config.eval_samples // 2)  # for the diversity
-    images = np.concatenate([drawn for _, drawn in draw(run, prompts, EVALUATION, "evaluating")])
+    _, images = roll_out(run, prompts, EVALUATION, record=len)  # no need of the trajectories
     diverse, scores, shown = spread(run, images, prompts), {}, {}
     for name, reward in {"reward": run.reward, **run.watched}.items():
         scores[name], shown[name] = score(reward, images, prompts)
-    images = gathered(images)
+    images = gather(images).numpy()
     if ddpo.processes()[0]:
         return {}
     path = run.out / "samples" / f"epoch_{epoch:04d}.png"
     with writing(path):
         grid(images).save(path)
     lists = {name: values.tolist() for name, values in scores.items()}
-    lists = {"epoch": epoch, "prompts": prompts, "rewards": lists.pop("reward"), **lists}
-    write_json(path.with_suffix(".json"), {**lists, "shown": shown})
+    record = {"epoch": epoch, "prompts": prompts, "rewards": lists.pop("reward"), **lists}
+    write_json(path.with_suffix(".json"), {**record, "shown": shown})
     base = np.array(read_json(path.with_name("epoch_0000.json"))["rewards"])
     gain = scores["reward"] - base
     metrics = {
@@ -545,8 +522,8 @@ def grid(images):
 def write_checkpoint(run, epoch):
     """checkpoints/000012, written aside and renamed when whole; the last two are kept."""
     aside = run.out / "checkpoints" / f"{epoch:06d}.tmp"
-    moments = run.optimizer.state_dict()["state"]
-    state = {"epoch": epoch, "algorithm": run.algorithm.state_dict()}
+    moments, scaler = run.optimizer.state_dict()["state"], run.scaler.state_dict()
+    state = {"epoch": epoch, "algorithm": run.algorithm.state_dict(), "scaler": scaler}
     with writing(aside):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -556,7 +533,7 @@ def write_checkpoint(run, epoch):
             unet.save(run.policy.unet, aside / "unet")
         tensors = {f"{i}.{name}": x for i, m in moments.items() for name, x in m.items()}
         unet.save_tensors(tensors, aside / "optimizer.safetensors")
-        write_json(aside / "state.json", {**state, "scaler": run.scaler.state_dict()})
+        write_json(aside / "state.json", state)
         os.replace(aside, aside.with_suffix(""))
         for old in run.checkpoints()[:-2]:
             shutil.rmtree(old)
@@ -571,13 +548,11 @@ def read_checkpoint(run):
             unet.load_lora(net, folder)
         else:
             net.load_state_dict(unet.load(unet.UNet, folder / "unet").state_dict())
-        with safe_open(folder / "optimizer.safetensors", "pt") as file:
-            for key in file.keys():
-                i, name = key.split(".")
-                value = file.get_tensor(key)
-                if value.ndim:  # not `step`: laid out in memory as the parameter is
-                    value = torch.empty_like(parameters[int(i)]).copy_(value)
-                moments.setdefault(int(i), {})[name] = value
+        for key, value in load_file(folder / "optimizer.safetensors").items():
+            i, name = key.split(".")
+            if value.ndim:  # not `step`: laid out in memory as the parameter is
+                value = torch.empty_like(parameters[int(i)]).copy_(value)
+            moments.setdefault(int(i), {})[name] = value
         run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": moments})
         state = read_json(folder / "state.json")
         run.algorithm.load_state_dict(state["algorithm"])
@@ -620,9 +595,9 @@ def write_metrics(run, metrics, evaluation):
     before = read_lines(run.out / "metrics.jsonl")
     line = {**evaluation, **metrics}  # the first line keeps the base model's evaluation
     found = ddpo.alarms([*before, line], run.config.updates)
-    numbers = {n: v for n, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
-    clean = {**dict.fromkeys(line), **numbers}  # JSON has no NaN: null in its place
-    write_json(run.out / "metrics.jsonl", [*before, {**clean, "warnings": list(found)}])
+    odd = [name for name, x in line.items() if isinstance(x, float) and not math.isfinite(x)]
+    clean = {**line, **dict.fromkeys(odd), "warnings": list(found)}  # JSON has no NaN: null
+    write_json(run.out / "metrics.jsonl", [*before, clean])
     text = "epoch {epoch:3d}  queries {reward_queries:6d}  reward {reward_mean:.3f} +- "
     text += "{reward_std:.3f}  grad {grad_norm:.2g}  {seconds:.0f} s"
     if line["approx_kl"] is not None:
@@ -681,8 +656,8 @@ def main(argv=None):
             raise
         text = " ".join(str(error).split())
         if isinstance(error, torch.OutOfMemoryError):
-            text += "; try --precision bf16, --grad-checkpointing, --lora-rank 4, "
-            text += "a smaller --micro-batch or --sample-batch"
+            less = "--grad-checkpointing, --micro-batch 1, --sample-batch 1, --lora-rank 4"
+            text += f"; try --precision bf16, {less}"
         sys.exit(f"train.py: {f'process {rank} of {world}: ' if world > 1 else ''}{text}")
     except KeyboardInterrupt:
         sys.exit("train.py: stopped; if it has a checkpoint, --out FOLDER --resume go on from it")

@@ -737,7 +737,10 @@ BAD = [
     ("--metrics incompressibility,incompressibility", "names must differ"),
     ("--set x", "--set x: DDPO knows advantage_limit"),
     ("--set limit=3", "--set limit=3: DDPO knows advantage_limit"),
-    ("--set advantage_limit=high", "--set advantage_limit=high: must be of type float"),
+    (
+        "--set advantage_limit=high",
+        "--set advantage_limit=high: DDPO knows advantage_limit (float)",
+    ),
     ("--set defaults=3", "--set defaults=3: DDPO knows advantage_limit"),
     ("--algorithm nowhere.py:X", "--algorithm nowhere.py:X"),
 ]
