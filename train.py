@@ -209,11 +209,12 @@ def model_settings(folder, given):
     fits = set(own) <= set(known) and {*map(type, own.values())} <= {dict}
     require(fits, f'{path}: needed is JSON such as {{"all": {{"lr": 0.1}}}}, of {", ".join(known)}')
     kinds = {name: f.type for name, f in FIELDS.items() if "user" not in f.metadata["rules"]}
-    for name, value in [item for part in own.values() for item in part.items()]:
+    settings = [item for part in own.values() for item in part.items() if item[0] not in given]
+    for name, value in settings:
         line, kind = f"{path} sets {name} = {value!r}", kinds.get(name)
         fits = type(value) is kind or (kind is float and type(value) is int)
         require(fits, f"{line}: no setting of a model, or not of its type")
-        ours = name in given or ".py:" not in str(value) or folder.resolve() == ZOO.resolve()
+        ours = ".py:" not in str(value) or folder.resolve() == ZOO.resolve()
         require(ours, f"{line}: a model's settings may run no code; give {flag(name)} yourself")
     return own
 

@@ -952,6 +952,14 @@ def test_a_broken_ddpo_json_is_named(text, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_setting_that_was_typed_wins_over_a_bad_one(tmp_path):
+    """A user who sees the line can go on at once."""
+    (tmp_path / "ddpo.json").write_text('{"all": {"steps": "20", "clip": "evil.py:f"}}')
+    with pytest.raises(UserError, match="ddpo.json sets steps = '20'"):
+        resolve({}, tmp_path)
+    assert resolve({"steps": 5, "clip": "mine"}, tmp_path).steps == 5
+
+
 def test_a_models_settings_may_run_no_code_of_their_own(tmp_path):
     for spec in ("../evil.py:f", "evil.py:g", "/tmp/evil.py:h", "a,../../evil.py:i,b"):
         (tmp_path / "ddpo.json").write_text(json.dumps({"all": {"metrics": spec}}))

@@ -30,7 +30,7 @@ from unet import VAE, UNet, load, save_tensors
 BATCH = 64
 ANEW = {"steps": 1800}
 ONWARDS = {"steps": 1000, "lr": 0.01, "adam_lr": 1e-3}
-DRAWN = 12_800  # pictures by the zoo's networks, cached
+DRAWN = 6400  # pictures by the zoo's networks, cached
 NOTHING = len(data.NAMES)  # its label
 
 
