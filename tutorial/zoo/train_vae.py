@@ -38,10 +38,10 @@ CONFIG = {
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
 TOGETHER, DECODER_ONLY, AGAIN = 2000, 4200, 4400  # steps
-SHARPER = 2400
+SHARPER, SETTLED = 2400, 1200
 BATCH = 16
 GENTLY = {"lr": 0.012, "adam_lr": 1e-3, "min_lr": 0.03}
-CRITIC = 0.02  # the weight of its opinion, beside pixels that differ by 0.04
+STRICT, MILD = 0.02, 0.008  # weights of the critic's opinion, beside pixels that differ by 0.04
 
 
 def batch(art, device, rng, n=BATCH, varied=1.0):
@@ -104,7 +104,7 @@ class Critic(nn.Module):
         return self.head(F.leaky_relu(self.mid(x), 0.2))
 
 
-def sharper_loss(draw, pair, rng):
+def sharper_loss(draw, weight, pair, rng):
     """`decoder_loss`, the critic's opinion of the decoder, and the critic's own hinge -> scalar.
 
     pair: a ModuleDict of vae and critic. Neither learns from the other's part of the loss.
@@ -116,7 +116,7 @@ def sharper_loss(draw, pair, rng):
     frozen = {name: p.detach() for name, p in critic.named_parameters()}
     opinion = functional_call(critic, frozen, y).mean()
     hinge = F.relu(1 - critic(x)).mean() + F.relu(1 + critic(y.detach())).mean()
-    return difference(y, x) - CRITIC * opinion + hinge
+    return difference(y, x) - weight * opinion + hinge
 
 
 @torch.no_grad()
@@ -163,6 +163,23 @@ def train_anew(draw, options, show):
     return vae
 
 
+def sharpen(draw, vae, show, options):
+    """The decoder against the critic; then with less of it, for pixels count too -> the VAE."""
+    critic = loop.initialize(Critic()).to(options.device)
+    pair = nn.ModuleDict({"vae": vae, "critic": critic})
+
+    def train(name, weight, steps, pair, **rates):
+        pair["critic"].requires_grad_(True)
+        freeze_encoder(pair["vae"])
+        steps, loss = 2 if options.quick else steps, partial(sharper_loss, draw, weight)
+        rates.update(look=lambda pair, step: show(pair["vae"], step), ema_decay=0.995)
+        return loop.train(name, pair, loss, steps, options.zoo / ".data", **rates)
+
+    pair = train("vae-sharper", STRICT, SHARPER, pair, **GENTLY)
+    gentler = {"lr": 0.008, "adam_lr": 7e-4, "min_lr": 0.03}
+    return train("vae-settled", MILD, SETTLED, pair, **gentler)["vae"]
+
+
 def main():
     options = data.options(__doc__)
     cache, folder = options.zoo / ".data", options.zoo / "stable-diffusion" / "vae"
@@ -172,16 +189,7 @@ def main():
     if not folder.is_dir():
         save(train_anew(draw, options, show), folder, torch.float16)
     vae = load(VAE, folder).to(options.device, memory_format=torch.channels_last)
-    critic = loop.initialize(Critic()).to(options.device)
-    pair = nn.ModuleDict({"vae": freeze_encoder(vae), "critic": critic})
-    loss, steps = partial(sharper_loss, partial(draw, varied=0.5)), 2 if options.quick else SHARPER
-
-    def show_pair(pair, step):
-        show(pair["vae"], step)
-
-    rates = {**GENTLY, "ema_decay": 0.995}
-    pair = loop.train("vae-sharper", pair, loss, steps, cache, look=show_pair, **rates)
-    save(pair["vae"], folder, torch.float16)
+    save(sharpen(partial(draw, varied=0.5), vae, show, options), folder, torch.float16)
 
 
 if __name__ == "__main__":
