@@ -273,7 +273,7 @@ def rates(out, quick):
         outcomes = []
         for rate in RATES[few]:
             arguments = f"{ZOO} --reward {reward} --lr {rate} --seed {SEARCH_SEED}"
-            arguments += f" --eval-every 1000 {SMOKE if quick else ''}"
+            arguments += f" {SMOKE}" if quick else ""
             outcomes.append(outcome(run(out / "rates" / f"{reward}_{rate}", arguments)))
         for i, (rate, found) in enumerate(zip(RATES, outcomes)):
             mark = "**best**" if i == best(outcomes) else ""

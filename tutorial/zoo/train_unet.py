@@ -29,9 +29,9 @@ import loop
 from scheduler import NoiseSchedule, Sampler, add_noise, expand
 from unet import VAE, UNet, load, save, save_tensors
 
-PICTURES, BATCH, DROP = 60_000, 128, 0.15
+PICTURES, BATCH, DROP = 120_000, 128, 0.15
 ANEW = {"steps": 5400, "lr": 0.02, "adam_lr": 2e-3, "min_lr": 0.02}
-ONWARDS = {"steps": 5600, "lr": 0.012, "adam_lr": 1e-3, "min_lr": 0.005}
+ONWARDS = {"steps": 6500, "lr": 0.012, "adam_lr": 1e-3, "min_lr": 0.005}
 CONFIG = {
     "act_fn": "silu",
     "attention_head_dim": 4,
