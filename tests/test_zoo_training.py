@@ -159,4 +159,4 @@ def test_the_score_is_that_of_the_majority_and_of_these_weights(tmp_path, monkey
     found = json.loads((tmp_path / "blind.json").read_text())
     assert found["each reader agrees with the majority"] == [0.6667, 1, 1]
     assert found["weights"] == blind.fingerprint(tmp_path) != blind.fingerprint()
-    assert Image.open(tmp_path / "blind.png").size == (15 * 64, 78)
+    assert Image.open(tmp_path / "blind.jpg").size == (15 * 72, 86)

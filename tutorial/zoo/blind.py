@@ -1,7 +1,7 @@
 """Is the judge as strict as a person? Pictures to be named blind, and what came of it.
 
     python tutorial/zoo/blind.py draw FOLDER            # numbered sheets in no order, names.txt
-    python tutorial/zoo/blind.py score FOLDER READER.txt [READER.txt ...]  # blind.json, blind.png
+    python tutorial/zoo/blind.py score FOLDER READER.txt [READER.txt ...]  # blind.json, blind.jpg
 
 A reader sees the sheets and the list of names, nothing else, and writes a line for each picture:
 its number and a name, or "none". The majority counts, and is *none* where there is no majority.
@@ -155,9 +155,9 @@ def score(folder, files, zoo=data.HERE):
     (zoo / "blind.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
     shown = [i for kind in ("sample", "other", "malformed") for i in places(key["kinds"], kind)]
-    captions = [f"{eye[i]}/{judged[i]}" for i in shown]
-    page = sheet(images[shown], [""] * len(shown), captions, 15, 64)
-    page.quantize(128).save(zoo / "blind.png", optimize=True)
+    captions = [eye[i] if eye[i] == judged[i] else f"{eye[i]}/{judged[i]}" for i in shown]
+    page = sheet(images[shown], [""] * len(shown), captions, 15, 72)
+    page.save(zoo / "blind.jpg", quality=88)
 
 
 def places(kinds, kind):
