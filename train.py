@@ -274,9 +274,10 @@ def resumed(given):
     before = read_json(stored)
     require(set(before) <= set(FIELDS), f"{stored} is not of this version of train.py")
     for name, value in given.items():
-        # a user's file may have moved: what it is asked for counts
-        was, now = (str(spec).rpartition(".py:")[2] for spec in (before.get(name), value))
-        fits = was == now or before.get(name) == value or "free" in FIELDS[name].metadata["rules"]
+        was, now = before.get(name), value
+        if ".py:" in str(now):  # the file may have moved, to another folder
+            was, now = ([Path(x).name for x in str(specs).split(",")] for specs in (was, now))
+        fits = was == now or "free" in FIELDS[name].metadata["rules"]
         require(fits, f"--resume goes on with the settings of {stored}: leave out {flag(name)}")
     return {**before, **given}
 

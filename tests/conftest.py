@@ -19,6 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
+import data
+import ddpo
+import train
+from helpers import write_art
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -58,6 +63,21 @@ def same_seed():
 @pytest.fixture(scope="session")
 def zoo():
     return ROOT / "tutorial" / "zoo" / "stable-diffusion"
+
+
+@pytest.fixture(scope="session")
+def policy():
+    """The zoo's, as train.py loads it."""
+    config = train.merge({"model": "zoo"}, train.ZOO, ddpo.DDPO)
+    return train.load_policy(train.ZOO, torch.device("cpu"), config)
+
+
+@pytest.fixture(scope="session")
+def art(tmp_path_factory):
+    """Coloured shapes in the place of emoji."""
+    folder = tmp_path_factory.mktemp("zoo")
+    write_art(folder / ".data")
+    return data.load_art(folder)
 
 
 @pytest.fixture(scope="session")

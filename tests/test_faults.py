@@ -182,9 +182,20 @@ def test_another_function_of_a_users_file_is_another_reward(tmp_path):
     text = "def {}(images, prompts):\n    return images[..., 0].mean((1, 2))\n"
     path.write_text(text.format("red") + text.format("rot"))
     run(tmp_path / "run", "--reward", f"{path}:red", "--epochs", "1")
-    assert "leave out --reward" in refusal(
-        resume, tmp_path / "run", "--reward", f"{path}:rot", "--epochs", "2"
+    (tmp_path / "yours.py").write_text(text.format("red"))
+    for other in (f"{path}:rot", f"{tmp_path}/yours.py:red", "compressibility"):
+        said = refusal(resume, tmp_path / "run", "--reward", other, "--epochs", "2")
+        assert "leave out --reward" in said
+
+
+def test_a_users_function_is_no_reward_of_ours_of_the_same_name(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def compressibility(images, prompts):\n    return images[..., 0].mean((1, 2))\n"
     )
+    spec = f"{tmp_path}/mine.py:compressibility"
+    run(tmp_path / "run", "--reward", spec, "--metrics", "", "--epochs", "1")
+    said = refusal(resume, tmp_path / "run", "--reward", "compressibility", "--epochs", "2")
+    assert "leave out --reward" in said
 
 
 def test_one_of_several_processes_that_cannot_find_the_others_is_refused(tmp_path, monkeypatch):

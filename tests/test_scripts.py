@@ -11,50 +11,16 @@ import re
 import runpy
 import shutil
 import sys
-import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
-import data
 from conftest import ROOT
+from helpers import write_art
 
 ZOO = ROOT / "tutorial" / "zoo"
 RECIPE = ["clip", "vae", "unet", "judge", "aesthetic", "bert", "llava"]
-
-
-def draw_shape(name):
-    """A few coloured ellipses, boxes and triangles, which ones by name -> RGBA, 64 x 64."""
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
-    picture = Image.new("RGBA", (64, 64))
-    draw = ImageDraw.Draw(picture)
-    for _ in range(4):
-        (x, y), (width, height) = rng.integers(4, 24, 2), rng.integers(16, 32, 2)
-        colour = (*rng.integers(256, size=3).tolist(), 255)
-        box = (int(x), int(y), int(x + width), int(y + height))
-        kind = rng.integers(3)
-        if kind == 0:
-            draw.ellipse(box, colour)
-        elif kind == 1:
-            draw.rectangle(box, colour)
-        else:
-            draw.polygon([box[:2], box[2:], (box[0], box[3])], colour)
-    return picture
-
-
-def write_art(folder):
-    """What npm would bring, with shapes for pictures, where data.py looks for it."""
-    for vendor in data.VENDORS:
-        (folder / vendor / "64").mkdir(parents=True)
-        entries = []
-        for word in data.NAMES:
-            for name in data.EMOJI.get(word, [word.upper()]):
-                file = f"{zlib.crc32(name.encode()):x}.png"
-                draw_shape(f"{name} {vendor}").save(folder / vendor / "64" / file)
-                entries.append({"name": name, "image": file})
-        (folder / vendor / "emoji.json").write_text(json.dumps(entries))
 
 
 @pytest.fixture(scope="module")

@@ -19,29 +19,14 @@ import loop
 import raters
 import train
 from scheduler import Sampler, named_noise
-from test_scripts import write_art
 
 ANIMALS = train.load_prompts("common-animals")
-
-
-@pytest.fixture(scope="module")
-def policy():
-    config = train.merge({"model": "zoo"}, train.ZOO, ddpo.DDPO)
-    return train.load_policy(train.ZOO, torch.device("cpu"), config)
 
 
 @pytest.fixture(scope="module")
 def animals(policy):
     names = [(0, train.EVALUATION, i) for i in range(45)]
     return np.concatenate([images for _, images in policy.sample(ANIMALS, names, 45)])
-
-
-@pytest.fixture(scope="module")
-def art(tmp_path_factory):
-    """Coloured shapes in the place of emoji."""
-    folder = tmp_path_factory.mktemp("zoo")
-    write_art(folder / ".data")
-    return data.load_art(folder)
 
 
 def test_images_equal_those_of_diffusers_pipeline(policy, zoo):

@@ -13,26 +13,10 @@ from torch import nn
 
 import blind
 import data
-import ddpo
 import judge as judge_module
-import train
 import train_judge
 import train_vae
 from scheduler import add_noise
-from test_scripts import write_art
-
-
-@pytest.fixture(scope="module")
-def policy():
-    config = train.merge({"model": "zoo"}, train.ZOO, ddpo.DDPO)
-    return train.load_policy(train.ZOO, torch.device("cpu"), config)
-
-
-@pytest.fixture(scope="module")
-def art(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("zoo")
-    write_art(folder / ".data")
-    return data.load_art(folder)
 
 
 def gradients(net, loss):
