@@ -99,7 +99,8 @@ def run(folder, arguments):
     wanted = resolve({**train.parse(words), "out": str(folder)})
     before = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
     if before:
-        names = [name for name in wanted if before.get(name) != wanted[name] and name != "resume"]
+        names = [name for name in wanted if before.get(name) != wanted[name]]
+        names = [name for name in names if name not in ("out", "resume")]  # it may have moved
         if names:
             raise SystemExit(
                 f"{folder} holds a run with another {names[0]}: move it away, or delete it"
