@@ -42,7 +42,7 @@ and from the code:
 import math
 import os
 from abc import ABC, abstractmethod
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -52,7 +52,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import TensorDataset
 
-from scheduler import UserError, add_noise, gaussian_log_prob, named_noise, require
+from scheduler import add_noise, gaussian_log_prob, named_noise, refusing, require
 
 
 def guided_noise(eps_uncond, eps_cond, guidance):
@@ -639,14 +639,10 @@ def leave():
         dist.destroy_process_group()
 
 
-@contextmanager
 def together():
     """Where another process has died, all end: here, in one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        what = f"another process has ended ({str(error).splitlines()[0]})"
-        raise UserError(f"{what}; its own line says why, and --resume goes on") from error
+    line = "another process has ended; its own line says why, and --resume goes on"
+    return refusing(line, RuntimeError)
 
 
 def processes():

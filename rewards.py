@@ -52,8 +52,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from scheduler import UserError, require
-from unet import loading, locate, one_line
+from scheduler import UserError, one_line, refusing, require
+from unet import loading, locate
 
 
 def jpeg(image, quality):
@@ -122,17 +122,15 @@ def load_head(name):
     if not path.is_file():
         folder = locate(name, "--aesthetic-head", ["model.safetensors", "aesthetic-model.pth"])
         path = next(folder.glob("model.safetensors"), folder / "aesthetic-model.pth")
-    try:
+    what = "LAION's predictor (layers.0 .2 .4 .6 .7, weight and bias)"
+    # a file of another kind may raise anything; nothing in it is run
+    with refusing(f"--aesthetic-head {path} is not {what}", Exception):
         if path.suffix == ".safetensors":
             weights = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
         head = AestheticHead(weights["layers.0.weight"].shape[1])
         head.load_state_dict({key: tensor.float() for key, tensor in weights.items()}, strict=True)
-    except Exception as error:  # a file of another kind may raise anything; nothing in it was run
-        what = "LAION's predictor (layers.0 .2 .4 .6 .7, weight and bias)"
-        said = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"--aesthetic-head {path} is not {what}: {said}") from None
     return head.eval()
 
 

@@ -30,6 +30,7 @@ At D = 16,384 (512 x 512 pictures) a clip range of 1e-4 on the mean lets the joi
 
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,12 +48,24 @@ def require(condition, message):
         raise UserError(message)
 
 
+def one_line(error):
+    """What an error says, in one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300]
+
+
+@contextmanager
+def refusing(message, *errors):
+    """Any of these errors becomes a UserError: the message, and what the error says."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{message}: {one_line(error)}") from error
+
+
 def read_json(path):
     """The object {name: value} in a JSON file. Raises UserError."""
-    try:
+    with refusing(f"{path} cannot be read as JSON", OSError, ValueError, RecursionError):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
     require(isinstance(value, dict), f"{path} is not a JSON object")
     return value
 

@@ -21,7 +21,6 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ import ddpo
 import unet
 from ddpo import ALGORITHMS, gather, share
 from rewards import REWARDS, checked, clip_embedder, diversity, load_object, make_reward
-from scheduler import NoiseSchedule, Sampler, UserError, read_json, require
+from scheduler import NoiseSchedule, Sampler, UserError, read_json, refusing, require
 
 HERE = Path(__file__).parent
 ZOO = HERE / "tutorial" / "zoo" / "stable-diffusion"
@@ -288,20 +287,16 @@ def choose_device(name, option="--device"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
+    with refusing(f"{option} {name}", RuntimeError, AssertionError):
         return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"{option} {name}: {str(error).splitlines()[0]}") from None
 
 
 def load_prompts(name):
     """The prompts of a named set, or of a text file, one a line -> list of str, each once."""
     named = {path.stem: path for path in sorted(PROMPT_SETS.glob("*.txt"))}
-    try:
+    neither = f"neither a file that can be read nor one of {', '.join(named)}"
+    with refusing(f"--prompts {name}: {neither}", OSError):
         text = named.get(name, Path(name)).read_text(encoding="utf-8-sig", errors="replace")
-    except OSError:
-        neither = f"neither a file that can be read nor one of {', '.join(named)}"
-        raise UserError(f"--prompts {name}: {neither}") from None
     require(not {"\0", "\ufffd"} & {*text}, f"--prompts {name}: not a text file in UTF-8")
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     require(prompts, f"--prompts {name}: no prompt in it; one prompt a line")
@@ -545,7 +540,8 @@ def read_checkpoint(run):
     """Everything back from the newest whole checkpoint -> the epochs behind it."""
     folder, net = run.checkpoints()[-1], run.policy.unet
     parameters, moments = run.optimizer.param_groups[0]["params"], {}
-    try:
+    # whatever a broken file raises
+    with refusing(f"{folder} cannot be read (if broken, delete it)", Exception):
         if run.config.lora_rank:
             unet.load_lora(net, folder)
         else:
@@ -559,19 +555,13 @@ def read_checkpoint(run):
         state = read_json(folder / "state.json")
         run.algorithm.load_state_dict(state["algorithm"])
         run.scaler.load_state_dict(state["scaler"])
-    except Exception as error:  # whatever a broken file raises
-        raise UserError(f"{folder} cannot be read ({error}); if broken, delete it") from error
     print(f"resuming from {folder}")
     return state["epoch"]
 
 
-@contextmanager
 def writing(path):
     """What the disk refuses in here ends in one line that names the file."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written: {error}") from None
+    return refusing(f"{path} cannot be written", OSError, SafetensorError)
 
 
 def write_json(path, value):

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from scheduler import UserError, require
+from scheduler import UserError, one_line, read_json, refusing, require
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
@@ -387,7 +387,6 @@ class VAE(nn.Module):
 
 def check_config(config, **channels):
     """A config with these `channels`. Raises UserError unless it is one of SD v1.x."""
-    require(isinstance(config, dict), "it is not a JSON object")
     for name, value in {**dict.fromkeys(UNUSED_FIELDS), **FIXED_FIELDS, **channels}.items():
         given, needed = config.get(name, value), f"only {value}" if value else "SD v1.x has none"
         needed += " (9: an inpainting UNet)" if given == 9 else ""
@@ -429,29 +428,23 @@ def attends(config, way, levels):
 def load(cls, folder, dtype=torch.float32):
     """A `UNet` or `VAE` of `dtype` from a folder in the diffusers layout. Raises UserError."""
     config_path, path = Path(folder) / "config.json", Path(folder) / WEIGHTS
-    try:
-        with torch.device("meta"):  # no memory before the weights are seen to fit
-            net = cls(json.loads(config_path.read_text(encoding="utf-8")))
-    except (OSError, RecursionError, ValueError) as error:
-        what = f"the config of a {cls.__name__} of Stable Diffusion v1.x"
-        raise UserError(f"{config_path} is not {what}: {one_line(error)}") from None
+    what = f"the config of a {cls.__name__} of Stable Diffusion v1.x"
+    # on meta: no memory before the weights are seen to fit
+    with refusing(f"{config_path} is not {what}", UserError), torch.device("meta"):
+        net = cls(read_json(config_path))
     weights = read_tensors(path, dtype)
     for old, new in RENAMED.items():
         weights = {name.replace(f".{old}.", f".{new}."): w for name, w in weights.items()}
-    try:
+    with refusing(f"{path} does not fit {config_path}", RuntimeError):
         net.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit {config_path}: {one_line(error)}") from None
     return net
 
 
 def read_tensors(path, dtype):
     """The finite numbers of a safetensors file as `dtype` -> {name: tensor}. Raises UserError."""
-    try:
+    with refusing(f"{path} cannot be read as safetensors", OSError, SafetensorError):
         open(path, "rb").close()  # safetensors says "No such file" of any that it cannot open
         tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {one_line(error)}") from None
     for name, tensor in tensors.items():
         tensors[name] = tensor.to(dtype, copy=True)
         require_finite(f"{path}: {name}", tensors[name])
@@ -463,11 +456,6 @@ def require_finite(name, tensor):
     # the sum, for isfinite of each number takes memory; in float32, which sums can't overflow
     finite = tensor.sum(dtype=torch.float32).isfinite()
     require(finite, f"{name} holds NaN or infinity (as {tensor.dtype})")
-
-
-def one_line(error):
-    """What an error says, in one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300]
 
 
 def save(net, folder, dtype=None):
