@@ -89,6 +89,8 @@ def test_the_recipe_makes_a_whole_zoo_from_nothing(start, art, tmp_path):
         status, said[name] = start(f"tutorial/zoo/train_{name}.py", *options)
         assert status == 0, name
     assert files_of(zoo) == files_of(ZOO) - {"stable-diffusion/ddpo.json"}
+    encoder = "stable-diffusion/text_encoder/config.json"
+    assert json.loads((zoo / encoder).read_text()) == json.loads((ZOO / encoder).read_text())
     assert weights_of(ZOO) == before
     figures = {
         "clip": r"the right caption of 256 for [\d.]+%",

@@ -132,14 +132,15 @@ def save_text_encoder(net, folder):
     """The text half once more, where a Stable Diffusion folder keeps it.
 
     Under the published file's names: transformers before 5 knows no others, and would fill the
-    network with random numbers.
+    network with random numbers. The config.json says float32: diffusers makes all else of that type
+    where it is asked for none, and transformers what the config says.
     """
     weights = {
         key: value.half().contiguous()
         for key, value in net.state_dict().items()
         if key.startswith("text_model.")
     }
-    CLIPTextModel(net.config.text_config).half().save_pretrained(folder)  # for the config.json
+    CLIPTextModel(net.config.text_config).save_pretrained(folder)  # for the config.json
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
