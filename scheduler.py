@@ -30,6 +30,7 @@ At D = 16,384 (512 x 512 pictures) a clip range of 1e-4 on the mean lets the joi
 
 import json
 import math
+import reprlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,24 @@ def read_json(path):
         value = json.loads(path.read_text(encoding="utf-8"))
     require(isinstance(value, dict), f"{path} is not a JSON object")
     return value
+
+
+def number(config, name, least, most, default=None):
+    """A number of a config in its bounds, an int where these are ints. Raises UserError."""
+    value = config.get(name, default)
+    fits = type(value) in (int, type(least)) and least <= value <= most
+    require(fits, f"{name} = {reprlib.repr(value)}; needed: a number from {least} to {most}")
+    return value
+
+
+def with_fields(config, known, **needed):
+    """A config with the fields `needed`. Raises UserError where it differs from them or `known`."""
+    for name, value in {**known, **needed}.items():
+        given, only = config.get(name, value), f"only {value}" if value else "SD v1.x has none"
+        only += " (9: an inpainting UNet)" if given == 9 else ""
+        fits = given == value or not (given or value)
+        require(fits, f"{name} = {reprlib.repr(given)}; {only}")
+    return {**config, **needed}
 
 
 def expand(values, like):
@@ -151,15 +170,9 @@ def named_noise(shape, count, *name):
     return torch.randn(count, *shape, generator=generator)
 
 
-# What a scheduler file must say, or leave out, to be a schedule of Stable Diffusion v1.x.
-SD_V1_FIELDS = {
-    "prediction_type": "epsilon",
-    "clip_sample": False,
-    "thresholding": False,
-    "trained_betas": None,
-    "timestep_spacing": "leading",
-    "rescale_betas_zero_snr": False,
-}
+# What a scheduler file of Stable Diffusion v1.x says where it has these fields; None: 0 or false.
+KNOWN_FIELDS = {"prediction_type": "epsilon", "timestep_spacing": "leading", "trained_betas": None}
+KNOWN_FIELDS |= dict.fromkeys(["clip_sample", "thresholding", "rescale_betas_zero_snr"])
 
 
 @dataclass
@@ -171,30 +184,21 @@ class NoiseSchedule:
     steps_offset: int
 
     @classmethod
-    def from_config(cls, config, where="scheduler_config.json"):
+    def from_config(cls, config):
         """From the numbers of a diffusers scheduler config, whatever class it names (v1.4's: PNDM).
 
         A file that is silent on `clip_sample` counts as False, as SD's; diffusers' DDIM takes True.
         Raises UserError.
         """
-        for name, value in SD_V1_FIELDS.items():
-            given = config.get(name, value)
-            require(given == value, f"{where} has {name} = {given!r}; only {value!r} is known here")
-        first, last = config.get("beta_start"), config.get("beta_end")
-        count, offset = config.get("num_train_timesteps", 1000), config.get("steps_offset", 0)
-        kind = config.get("beta_schedule")
-        numbers = all(type(beta) in (int, float) for beta in (first, last))
-        betas = f"beta_start = {first!r}, beta_end = {last!r}; needed: 0 < both < 1, rising"
-        require(numbers and 0 < first <= last < 1, f"{where} has {betas}")
-        whole = type(count) is int and count > 0 and type(offset) is int and offset >= 0
-        counts = f"num_train_timesteps = {count!r}, steps_offset = {offset!r}"
-        require(whole, f"{where} has {counts}; needed: whole numbers, above 0 and from 0")
-        known = kind in ("scaled_linear", "linear")
-        require(known, f"{where} has beta_schedule = {kind!r}; needed: scaled_linear or linear")
-        if kind == "scaled_linear":
-            betas = torch.linspace(first**0.5, last**0.5, count, dtype=torch.float32) ** 2
-        else:
-            betas = torch.linspace(first, last, count, dtype=torch.float32)
+        with_fields(config, KNOWN_FIELDS)
+        first = number(config, "beta_start", 1e-9, 0.9999)
+        last = number(config, "beta_end", first, 0.9999)
+        count = number(config, "num_train_timesteps", 1, 10**6, default=1000)
+        offset = number(config, "steps_offset", 0, 10**6, default=0)
+        kind, kinds = config.get("beta_schedule"), ["linear", "scaled_linear"]
+        require(kind in kinds, f"beta_schedule = {kind!r}; needed: {' or '.join(kinds)}")
+        power = 2 if kind == "scaled_linear" else 1
+        betas = torch.linspace(first ** (1 / power), last ** (1 / power), count) ** power
         alphas_bar = torch.cumprod(1 - betas, dim=0)
         final = 1.0 if config.get("set_alpha_to_one", True) else alphas_bar[0].item()
         return cls(alphas_bar, final, offset)
@@ -203,7 +207,9 @@ class NoiseSchedule:
     def from_folder(cls, folder):
         """From `folder`/scheduler_config.json. Raises UserError."""
         path = Path(folder) / "scheduler_config.json"
-        return cls.from_config(read_json(path), path)
+        config = read_json(path)
+        with refusing(path, UserError):
+            return cls.from_config(config)
 
     def to(self, device):
         """The same schedule on another device."""

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from scheduler import UserError, one_line, read_json, refusing, require
+from scheduler import UserError, number, one_line, read_json, refusing, require, with_fields
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
@@ -47,10 +47,10 @@ UNUSED_FIELDS = """
 center_input_sample dropout freq_shift latents_mean latents_std num_attention_heads shift_factor
 resnet_skip_time_act time_embedding_act_fn timestep_post_act upcast_attention use_linear_projection
 """.split()
-
+KNOWN_FIELDS = dict.fromkeys(UNUSED_FIELDS)
 # or absent or of this value.
-FIXED_FIELDS = {"act_fn": "silu", "flip_sin_to_cos": True, "downsample_padding": 1}
-FIXED_FIELDS |= {"mid_block_scale_factor": 1, "resnet_out_scale_factor": 1}
+KNOWN_FIELDS |= {"act_fn": "silu", "flip_sin_to_cos": True, "downsample_padding": 1}
+KNOWN_FIELDS |= {"mid_block_scale_factor": 1, "resnet_out_scale_factor": 1}
 
 MOST = 2**14  # of channels, heads or groups: more are a mistake
 
@@ -249,7 +249,7 @@ class UNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = check_config(config, in_channels=4, out_channels=4)
+        self.config = with_fields(config, KNOWN_FIELDS, in_channels=4, out_channels=4)
         self.gradient_checkpointing = False
         channels, layers, groups = sizes(config)
         down, up = attends(config, "Down", len(channels)), attends(config, "Up", len(channels))
@@ -362,7 +362,8 @@ class VAE(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = check_config(config, in_channels=3, out_channels=3, latent_channels=4)
+        channels = {"in_channels": 3, "out_channels": 3, "latent_channels": 4}
+        self.config = with_fields(config, KNOWN_FIELDS, **channels)
         # absent from v1.4's file
         self.scaling_factor = number(config, "scaling_factor", 1e-6, 1e6, default=0.18215)
         channels, layers, groups = sizes(config)
@@ -383,24 +384,6 @@ class VAE(nn.Module):
     def decode(self, latents):
         """Scaled latents (B, 4, h, w) -> images (B, 3, 8h, 8w), about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(latents / self.scaling_factor))
-
-
-def check_config(config, **channels):
-    """A config with these `channels`. Raises UserError unless it is one of SD v1.x."""
-    for name, value in {**dict.fromkeys(UNUSED_FIELDS), **FIXED_FIELDS, **channels}.items():
-        given, needed = config.get(name, value), f"only {value}" if value else "SD v1.x has none"
-        needed += " (9: an inpainting UNet)" if given == 9 else ""
-        fits = given == value or not (given or value)
-        require(fits, f"{name} = {reprlib.repr(given)}; {needed}")
-    return {**config, **channels}
-
-
-def number(config, name, least, most, default=None):
-    """A number of a config in its bounds, an int where these are ints. Raises UserError."""
-    value = config.get(name, default)
-    fits = type(value) in (int, type(least)) and least <= value <= most
-    require(fits, f"{name} = {reprlib.repr(value)}; needed: a number from {least} to {most}")
-    return value
 
 
 def sizes(config):

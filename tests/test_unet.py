@@ -825,7 +825,7 @@ def fields(config):
     known = st.sampled_from([part for value in config.values() for part in parts(value)])
     lists = st.lists(simple | known, max_size=5) | st.lists(st.sampled_from([4, 8, 12, 16]))
     value = st.just(GONE) | simple | known | lists | st.dictionaries(st.text(max_size=3), simple)
-    names = [*config, *unet.UNUSED_FIELDS, *unet.FIXED_FIELDS, "norm_eps", "scaling_factor"]
+    names = [*config, *unet.KNOWN_FIELDS, "norm_eps", "scaling_factor"]
     changes = st.dictionaries(st.sampled_from(names), value, min_size=1, max_size=3)
     return changes.map(lambda new: {**config, **new})
 
