@@ -388,9 +388,14 @@ class DDPO(Algorithm):
 
     @classmethod
     def settle(cls, settings, given):
-        """Every picture is taken once an epoch."""
+        """Every picture is taken once an epoch; a batch size nobody gave shrinks until it fits."""
+        n, world = settings.samples_per_epoch, processes()[1]
+        most = settings.batch_size or n
+        if "batch_size" not in given:
+            fits = [size for size in range(world, most + 1, world) if n % size == 0]
+            settings.batch_size = max(fits, default=most)
         super().settle(settings, given)
-        n, size, updates = settings.samples_per_epoch, settings.batch_size, settings.updates
+        size, updates = settings.batch_size, settings.updates
         require(settings.eta > 0, "--eta 0: a step without noise has no policy gradient")
         require(not settings.no_cfg_training, "--no-cfg-training is for rwr and rwr-sparse only")
         require(n % size == 0, f"--samples-per-epoch {n} must be a multiple of --batch-size {size}")

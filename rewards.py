@@ -9,6 +9,8 @@ a regression on CLIP's embeddings, what a vision-language model says, or a funct
     def redness(images, prompts):
         return images[..., 0].mean((1, 2)) - images[..., 1:].mean((1, 2, 3))
 
+With a third parameter it also gets B dicts, its pictures' lines of --prompts FILE.jsonl.
+
 What the text leaves open is the authors' code's: JPEG quality 95, sizes in kB of 1000 bytes, which
 LAION predictor (sac+logos+ava1-l14-linearMSE) on which CLIP (ViT-L/14), BERTScore by DeBERTa (layer
 40, no idf, no rescaling), pictures sent to LLaVA as JPEGs of quality 80. Deviations:
@@ -28,7 +30,9 @@ LAION predictor (sac+logos+ava1-l14-linearMSE) on which CLIP (ViT-L/14), BERTSco
 """
 
 import base64
+import copy
 import importlib
+import inspect
 import io
 import json
 import os
@@ -40,7 +44,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, partial, wraps
 from numbers import Real
 from pathlib import Path
 
@@ -389,17 +393,27 @@ def load_object(spec, flag):
     return getattr(module, wanted)
 
 
-def make_reward(name, settings, device, flag="--reward"):
+def make_reward(name, settings, device, flag="--reward", metadata=None):
     """One of `REWARDS`, its models on `device`, or "file.py:function". Raises UserError.
 
-    settings: the model options of train.py; flag: where the name was given.
+    settings: train.py's; flag: where the name was given; metadata: {prompt: its dict}.
     """
     if name in REWARDS:
         return REWARDS[name](settings, device)
     require(".py:" in name, f"{flag} {name}: neither {', '.join(REWARDS)} nor file.py:function")
     reward = load_object(name, flag)
     require(callable(reward), f"{flag} {name}: that is not a function")
-    return reward
+    with refusing(f"{flag} {name}", TypeError, ValueError):  # of those written in C
+        third = [*inspect.signature(reward).parameters.values()][2:3]
+    if all(p.kind >= p.VAR_POSITIONAL or p.default is not p.empty for p in third):
+        return reward
+
+    @wraps(reward)
+    def informed(images, prompts):
+        known = [{"prompt": p, **copy.deepcopy((metadata or {}).get(p, {}))} for p in prompts]
+        return reward(images, prompts, known)
+
+    return informed
 
 
 def listed(values):

@@ -121,7 +121,7 @@ class Config:
     algorithm: str = setting("ddpo-is", f"{', '.join(ALGORITHMS)}, or file.py:Class", "user")
     set: list = setting(None, "name=value, of the algorithm's own; may be repeated", "user")
     model: str = setting("auto", "auto, zoo, a hub id, or a diffusers folder", "user free")
-    prompts: str = setting("imagenet-animals", "a named set, or a text file, one prompt a line")
+    prompts: str = setting("imagenet-animals", "a named set, or a text or .jsonl file, a line each")
 
     epochs: int = setting(50, "rounds of sampling and training", "free")
     samples_per_epoch: int = setting(256, "pictures an epoch (paper: 256; RWR 10,000)")
@@ -150,7 +150,8 @@ class Config:
 
     eval_every: int = setting(5, "epochs between evaluations")
     eval_samples: int = setting(64, "fixed evaluation pictures, of fixed noises", least=2)
-    checkpoint_every: int = setting(10, "epochs between checkpoints; the last two are kept")
+    checkpoint_every: int = setting(10, "epochs between checkpoints")
+    keep_checkpoints: int = setting(2, "how many of the last are kept; 0: all", "free", least=0)
     metrics: str = setting("compressibility", "other rewards to watch, separated by commas")
 
     clip: str = setting("openai/clip-vit-large-patch14", "CLIP: aesthetic, diversity", "free")
@@ -292,15 +293,29 @@ def choose_device(name, option="--device"):
 
 
 def load_prompts(name):
-    """The prompts of a named set, or of a text file, one a line -> list of str, each once."""
+    """The lines of a named set or a file, each once: prompts, or {"prompt": ...} in a .jsonl file.
+
+    -> list of str, or of dict.
+    """
     named = {path.stem: path for path in sorted(PROMPT_SETS.glob("*.txt"))}
     neither = f"neither a file that can be read nor one of {', '.join(named)}"
     with refusing(f"--prompts {name}: {neither}", OSError):
         text = named.get(name, Path(name)).read_text(encoding="utf-8-sig", errors="replace")
     require(not {"\0", "\ufffd"} & {*text}, f"--prompts {name}: not a text file in UTF-8")
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
-    require(prompts, f"--prompts {name}: no prompt in it; one prompt a line")
-    return list(dict.fromkeys(prompts))
+    lines = list(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
+    require(lines, f"--prompts {name}: no prompt in it; one prompt a line")
+    if not name.endswith(".jsonl"):
+        return lines
+    entries = {}
+    for line in lines:
+        needed = f'--prompts {name}: needed is {{"prompt": "a cat", ...}}, not {line[:80]}'
+        with refusing(needed, Exception):  # json raises many kinds
+            entry = json.loads(line)
+            prompt = entry["prompt"].strip()
+            prompt.encode()
+        require(prompt not in ("", *entries), f"{needed}: blank, or there already")
+        entries[prompt] = {**entry, "prompt": prompt}
+    return list(entries.values())
 
 
 def draw_prompts(prompts, samples, repeats, rng):
@@ -354,6 +369,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     prompts: list  # of str
+    metadata: dict  # {prompt: its line of a .jsonl file}
     reward: object  # a function (images, prompts) -> scores
     watched: dict  # {name: another such function}
     clip: object  # rewards.ClipEmbedder, or None
@@ -411,7 +427,9 @@ def prepare(given):
     name = f"{c.reward.rpartition(':')[2]}-{c.algorithm.rpartition(':')[2]}"
     c.out = c.out or str(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     out, used = Path(c.out), placed(c, folder)
-    prompts = read_json(out / "prompts.json")["prompts"] if c.resume else load_prompts(used.prompts)
+    lines = read_json(out / "prompts.json")["prompts"] if c.resume else load_prompts(used.prompts)
+    metadata = {line["prompt"]: line for line in lines if isinstance(line, dict)}
+    prompts = list(metadata) or lines
 
     policy = load_policy(folder, device, c)
     limit = policy.tokenizer.model_max_length
@@ -425,20 +443,21 @@ def prepare(given):
     options = {"weight_decay": c.weight_decay, "fused": device.type == "cuda"}
     optimizer = torch.optim.AdamW(trained, c.lr, **options)
     scaler = torch.amp.GradScaler(device.type, enabled=c.precision == "fp16")
-    return Run(c, out, policy, algorithm, optimizer, scaler, prompts, *load_rewards(used, device))
+    rewards = load_rewards(used, device, metadata)
+    return Run(c, out, policy, algorithm, optimizer, scaler, prompts, metadata, *rewards)
 
 
-def load_rewards(config, device):
+def load_rewards(config, device, metadata):
     """The reward, those to watch beside it {name: function}, and CLIP, or None."""
     device = choose_device(config.reward_device or str(device), "--reward-device")
-    reward = make_reward(config.reward, config, device)
+    reward = make_reward(config.reward, config, device, metadata=metadata)
     watched, taken = {}, ("epoch", "prompts", "reward", "rewards", "shown")
     specs = [spec.strip() for spec in config.metrics.split(",")]
     for spec in [spec for spec in specs if spec not in ("", config.reward)]:
         name = spec.rpartition(":")[2]
         line = f"--metrics {config.metrics}: names must differ, also from {', '.join(taken)}"
         require(name not in (*watched, *taken), line)
-        watched[name] = make_reward(spec, config, device, "--metrics")
+        watched[name] = make_reward(spec, config, device, "--metrics", metadata)
     try:
         return reward, watched, clip_embedder(config.clip, device)
     except UserError as error:
@@ -454,10 +473,11 @@ def loop(run):
     if writes:
         with writing(out):
             (out / "samples").mkdir(parents=True, exist_ok=True)
-        write_json(out / "prompts.json", {"prompts": run.prompts})
+        write_json(out / "prompts.json", {"prompts": [*run.metadata.values()] or run.prompts})
         write_json(out / "config.json", dataclasses.asdict(c))  # last: with it --resume is possible
         write_json(out / "metrics.jsonl", read_lines(out / "metrics.jsonl", before=start))
-    print(f"{c.algorithm} on {c.reward}, {c.epochs} epochs, into {out}", flush=True)
+    sizes = f"of {c.samples_per_epoch} pictures in updates of {c.batch_size}"
+    print(f"{c.algorithm} on {c.reward}, {c.epochs} epochs {sizes}, into {out}", flush=True)
     for epoch in range(start, c.epochs):
         done, last = epoch + 1, epoch + 1 == c.epochs
         base = evaluate(run, 0) if epoch == 0 else {}
@@ -517,7 +537,7 @@ def grid(images):
 
 
 def write_checkpoint(run, epoch):
-    """checkpoints/000012, written aside and renamed when whole; the last two are kept."""
+    """checkpoints/000012, written aside and renamed when whole; the last few are kept."""
     aside = run.out / "checkpoints" / f"{epoch:06d}.tmp"
     moments, scaler = run.optimizer.state_dict()["state"], run.scaler.state_dict()
     state = {"epoch": epoch, "algorithm": run.algorithm.state_dict(), "scaler": scaler}
@@ -532,7 +552,7 @@ def write_checkpoint(run, epoch):
         unet.save_tensors(tensors, aside / "optimizer.safetensors")
         write_json(aside / "state.json", state)
         os.replace(aside, aside.with_suffix(""))
-        for old in run.checkpoints()[:-2]:
+        for old in run.checkpoints()[: -run.config.keep_checkpoints]:
             shutil.rmtree(old)
 
 

@@ -317,11 +317,15 @@ CASES = {
     "rwr-sparse": "--algorithm rwr-sparse --percentile 0.5 --updates 1 --batch-size 6".split(),
     "ddpo-sf": ["--algorithm", "ddpo-sf"],
     "two updates": ["--batch-size", "4"],
+    "metadata": "--reward FOLDER/mine.py:aimed --prompts FOLDER/three.jsonl".split(),
 }
 # Smooth, for a JPEG's size jumps by bytes when a pixel rounds the other way.
 BRIGHTNESS = """
 def brightness(images, prompts):
     return (images / 16).mean((1, 2, 3)), {"first": images[:, 0, 0, 0].tolist()}
+
+def aimed(images, prompts, metadata):
+    return [image.mean() / 16 + data["aim"] for image, data in zip(images, metadata)]
 """
 
 
@@ -330,9 +334,13 @@ def one_and_two(pool, tmp_path_factory):
     """Each case in one process and in two -> {case: (folder, folder)}."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "mine.py").write_text(BRIGHTNESS)
+    lines = [{"prompt": f"a {name}", "aim": len(name)} for name in ("cat", "bee", "lion")]
+    (folder / "three.jsonl").write_text("\n".join(map(json.dumps, lines)))
     common = tiny("--reward", f"{folder}/mine.py:brightness", *COMMON)
     real = torchrun(*common, "--out", folder / "full2")
     options = {case: [*common, *more] for case, more in CASES.items()}
+    for case, given in options.items():
+        options[case] = [option.replace("FOLDER", str(folder)) for option in given]
     pool(run, [(options[case], str(folder / f"{case}1")) for case in CASES])
     two = [case for case in CASES if case != "full"]
     pairs = pool(pair, [(options[case], str(folder / f"{case}2")) for case in two])

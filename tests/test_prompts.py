@@ -114,6 +114,42 @@ def test_a_file_is_cut_at_newlines_only(tmp_path):
     assert load_prompts(str(tmp_path / "odd.txt")) == [odd, "a dog", "a cow"]
 
 
+def test_a_line_of_a_jsonl_file_is_a_prompt_and_whatever_else_it_says(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        '{"prompt": " two cats ", "count": 2, "tags": ["a"]}\n\n{"prompt": "ein B\\u00e4r"}\n'
+        '{"prompt": "ein B\\u00e4r"}\n'
+    )
+    entries = [{"prompt": "two cats", "count": 2, "tags": ["a"]}, {"prompt": "ein Bär"}]
+    assert load_prompts(str(path)) == entries
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a cat",
+        '{"prompt": "a cat"',
+        "3",
+        "null",
+        '["prompt"]',
+        "{}",
+        '{"prompt": 3}',
+        '{"prompt": " "}',
+        '{"prompt": "\\ud800"}',
+        "[" * 9999,
+        '{"prompt": "a dog", "count": 3}',
+    ],
+)
+def test_a_bad_line_of_a_jsonl_file_is_named(line, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f'{{"prompt": "a dog"}}\n{line}\n')
+    with pytest.raises(ValueError) as caught:
+        load_prompts(str(path))
+    said = str(caught.value)
+    needed = f'--prompts {path}: needed is {{"prompt": "a cat", ...}}, not {line[:80]}: '
+    assert said.startswith(needed) and "\n" not in said
+
+
 def test_an_epochs_prompts_repeat_as_asked_and_differ_between_epochs():
     first, again, other = (
         draw_prompts(ANIMALS, 64, 8, np.random.default_rng(seed)) for seed in (0, 0, 1)

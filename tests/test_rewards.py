@@ -490,6 +490,27 @@ def own(path, name="f"):
     return rewards.make_reward(f"{path}:{name}", None, "cpu")
 
 
+THREE = {
+    "def f(images, prompts, metadata): return len(metadata)": True,
+    "def f(images, prompts, known, /, more=0): return len(known)": True,
+    "class F:\n    def __call__(self, images, prompts, data): return len(data)\nf = F()": True,
+    "def f(images, prompts, threshold=2): return threshold": False,
+    "def f(images, prompts, *more, **others): return 2 + len(more) + len(others)": False,
+    "def f(images, prompts, *, judge=2): return judge": False,
+    "from operator import countOf as f": False,
+}
+
+
+@pytest.mark.parametrize("text, three", THREE.items(), ids=range(len(THREE)))
+def test_a_third_parameter_without_a_default_gets_a_dict_for_each_prompt(written, text, three):
+    """The number of pictures, 3, where it does."""
+    given = rewards.make_reward(f"{written('mine.py', text)}:f", None, "cpu", metadata={"a": {}})
+    if "countOf" in text:
+        assert given(["a", "a", "b"], "a") == 2
+    else:
+        assert given(pictures(), ["a"] * 3) == (3 if three else 2)
+
+
 def test_a_function_in_a_file_is_a_reward(written):
     text = "def redness(images, prompts):\n    return images[..., 0].mean((1, 2))\n"
     reward = own(written("mine.py", text), "redness")
@@ -505,6 +526,7 @@ def test_a_function_in_a_file_is_a_reward(written):
         ("x = 1", "mine.py:", "mine.py defines no ''"),
         ("x = 1", "mine.py:f", "mine.py defines no 'f'"),
         ("x = 1", "mine.py:x", "not a function"),
+        ("x = max", "mine.py:x", "mine.py:x: no signature found for builtin"),
         ("def f(:", "mine.py:f", "mine.py:f: SyntaxError: invalid syntax (mine.py, line 1)"),
         (
             "\nimport nowhere",

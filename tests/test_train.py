@@ -304,6 +304,15 @@ def test_the_last_two_checkpoints_are_kept_the_last_epochs_among_them(tmp_path):
     assert queries == [4 * epoch for epoch in evaluated]
 
 
+@pytest.mark.parametrize("keep, kept", [(1, [4]), (3, [2, 3, 4]), (0, [1, 2, 3, 4])])
+def test_as_many_checkpoints_are_kept_as_was_asked_for(keep, kept, whole_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    resume(folder, "--epochs", "4", "--keep-checkpoints", str(keep))
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == [f"{epoch:06d}" for epoch in kept]
+
+
 def test_a_run_is_named_by_reward_and_algorithm_where_no_folder_is_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main(tiny("--epochs", "1"))
@@ -789,6 +798,35 @@ def test_what_several_processes_cannot_share_is_refused(tmp_path, monkeypatch):
             resolve({**rwr, **changes}, tmp_path)
 
 
+def test_a_batch_size_that_nobody_gave_shrinks_to_fit(tmp_path, monkeypatch):
+    """The largest divisor of the samples that is not above the default, 64."""
+    for samples, size in ((256, 64), (16, 16), (100, 50), (96, 48), (251, 1)):
+        c = resolve({"samples_per_epoch": samples}, tmp_path)
+        assert (c.batch_size, c.updates) == (size, samples // size)
+    for given in ({}, {"algorithm": "ddpo-sf"}):
+        assert resolve({"samples_per_epoch": 16, **given}, train.ZOO).batch_size == 16
+    assert resolve({"samples_per_epoch": 8}, train.ZOO).batch_size == 8
+    assert resolve({"samples_per_epoch": 16, "algorithm": "rwr"}, tmp_path).batch_size == 128
+    with pytest.raises(UserError, match="must be a multiple of --batch-size 32"):
+        resolve({"samples_per_epoch": 16, "batch_size": 32}, tmp_path)
+
+    def three():
+        return 0, 3
+
+    monkeypatch.setattr(ddpo, "processes", three)
+    for samples, size in ((192, 48), (36, 36), (189, 63), (183, 3)):
+        c = resolve({"samples_per_epoch": samples, "eval_samples": 6}, tmp_path)
+        assert c.batch_size == size
+
+
+def test_few_samples_alone_just_work(tmp_path, capsys):
+    options = "--model zoo --metrics= --reward compressibility --epochs 1 --eval-samples 2".split()
+    train.main([*options, "--samples-per-epoch", "8", "--steps", "2", "--out", str(tmp_path / "a")])
+    assert settings_of(tmp_path / "a")["batch_size"] == 8
+    assert "1 epochs of 8 pictures in updates of 8, into" in capsys.readouterr().out
+    assert metrics(tmp_path / "a")[0]["grad_norm"] > 0
+
+
 def test_a_reward_without_a_number_for_each_picture_ends_in_one_line(tmp_path):
     (tmp_path / "mine.py").write_text("def bad(images, prompts):\n    return [float('nan')] * 4\n")
     line = refusal(run, tmp_path / "run", "--reward", f"{tmp_path}/mine.py:bad")
@@ -1078,6 +1116,46 @@ def test_a_users_own_function_is_trained_on(tmp_path):
     expected = grid[..., 0].mean((1, 2)) - grid[..., 1:].mean((1, 2, 3))
     assert sampled(folder, 0)["rewards"] == pytest.approx(expected.tolist())
     assert metrics(folder)[0]["eval_reward_mean"] == pytest.approx(expected.mean())
+
+
+AIMED = """
+def aimed(images, prompts, metadata):
+    assert prompts == [data["prompt"] for data in metadata]
+    scores = [data.get("aim", 0) + image.mean() / 2550 for image, data in zip(images, metadata)]
+    for data in metadata:
+        data["aim"] = data.pop("prompt")  # its own copy
+    return scores, {"kind": prompts}
+
+def strict(images, prompts, threshold=7.0):
+    return [threshold] * len(images)
+"""
+
+
+def test_a_reward_with_a_third_parameter_gets_what_its_prompts_lines_say(tmp_path):
+    """In training, in evaluation, beside another reward, and after --resume without the file."""
+    (tmp_path / "mine.py").write_text(AIMED)
+    aims, file = {"a cat": 10, "a bee": 20, "a lion": 40}, tmp_path / "three.jsonl"
+    lines = [{"prompt": prompt, "aim": aim} for prompt, aim in aims.items()]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    mine = f"{tmp_path}/mine.py:"
+    options = ["--reward", f"{mine}aimed", "--prompts", str(file), "--sample-batch", "1"]
+    cut = run(tmp_path / "cut", *options, "--metrics", f"{mine}strict", "--epochs", "1")
+    file.unlink()
+    resume(cut, "--epochs", "2")
+    for epoch in (0, 1, 2):
+        record = sampled(cut, epoch)
+        assert np.floor(record["rewards"]).tolist() == [aims[p] for p in record["prompts"]]
+        assert record["shown"]["reward"]["kind"] == record["prompts"]
+        assert record["strict"] == [7.0] * 4
+    for epoch, line in enumerate(metrics(cut)):  # two prompts an epoch
+        drawn = train.draw_prompts(list(aims), 4, 2, np.random.default_rng([0, epoch]))
+        assert line["reward_mean"] == pytest.approx(np.mean([aims[p] for p in drawn]), abs=0.1)
+
+
+def test_of_a_text_file_a_third_parameter_gets_the_prompts(tmp_path):
+    (tmp_path / "mine.py").write_text(AIMED)
+    folder = run(tmp_path / "run", "--reward", f"{tmp_path}/mine.py:aimed", "--epochs", "1")
+    assert all(0 < reward < 0.1 for reward in sampled(folder, 0)["rewards"])
 
 
 ALGORITHM = """
