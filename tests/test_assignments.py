@@ -1,0 +1,269 @@
+"""The assignments: what is handed out, and that the grader names mistakes, for the right points.
+
+Wrong versions are tried in this process, by the functions that the worker runs; a few submissions
+go through processes of their own. Hostile ones: tests/hostile.py.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import check
+import grade
+import handout
+import numpy as np
+import oracles
+import pytest
+import torch
+import worker
+from parts import KINDS, PARTS, UNITS, has
+
+ROOT = Path(__file__).parents[1]
+PART_OF = {unit.name: part for part in PARTS for unit in part.units}
+
+
+@pytest.fixture(scope="module")
+def sheets():
+    """The questions of one student."""
+    return {p.number: oracles.sheet(p, handout.signatures(p), "ada", b"a key") for p in PARTS}
+
+
+@pytest.fixture(scope="module")
+def given_out(tmp_path_factory):
+    """The hand-out, without the zoo."""
+    out = tmp_path_factory.mktemp("given") / "out"
+    handout.write(out, zoo=False)
+    return out
+
+
+def answers(unit, sheet, folder):
+    """What the module in a folder answers to a unit's questions, in this process."""
+    job = check.job_of([sheet], folder, ROOT, confined=False)
+    task = next(task for task in job["units"] if task["name"] == unit.name)
+    found = worker.answers(task, job, sheet.questions)
+    arrays = {key: dict(values) for key, values in found.items()}
+    for values in arrays.values():
+        values.update({k: v.numpy() for k, v in values.items() if torch.is_tensor(v)})
+    return arrays
+
+
+def marked(unit, sheet, folder):
+    """The points that a part loses by one unit of a module, and what its student reads."""
+    part = PART_OF[unit.name]
+    given = {**sheet.right, **answers(unit, sheet, folder)}
+    verdicts = check.judge(part, sheet, given)
+    return part.points - check.earned(part, verdicts), check.sentences(part, verdicts)
+
+
+def changed(unit, edits, folder):
+    """Write a unit's module into a folder, some text of its bodies replaced."""
+    path = ROOT / f"{unit.file}.py"
+    text, bodies = handout.cut(path.read_text(), dict.fromkeys(unit.cut, "pass"))
+    for old, new in edits:
+        assert sum(body.count(old) for body in bodies.values()) == 1, f"{unit.name}: {old}"
+        bodies = {name: body.replace(old, new) for name, body in bodies.items()}
+    (folder / path.name).write_text(handout.graft(text, bodies))
+
+
+def wrong_versions():
+    """tests/wrong_versions.txt -> [(unit, points lost, what is said, [(old, new)])]."""
+    found = []
+    text = (ROOT / "tests" / "wrong_versions.txt").read_text().partition("\n\n")[2]
+    for line in text.splitlines():
+        if line[0] == "-":
+            found[-1][3].append([line[1:]])
+        elif line[0] == "+":
+            found[-1][3][-1].append(line[1:])
+        else:
+            unit, lost, said = line.split(", ", 2)
+            found.append((UNITS[unit], float(lost), said, []))
+    return found
+
+
+def test_wrong_versions_lose_what_they_should_and_are_told_why(sheets, tmp_path):
+    """Each has a message of its own. Those of a named mistake have its cause."""
+    seen, versions = {}, wrong_versions()
+    assert len(versions) >= 60
+    for unit, lost, said, edits in versions:
+        changed(unit, edits, tmp_path)
+        points, lines = marked(unit, sheets[PART_OF[unit.name].number], tmp_path)
+        cause = getattr(oracles, f"{unit.name}__{said}", None)
+        words = cause.__doc__.replace("{D}", "24") if cause else said
+        assert words in lines[0], (edits, lines)
+        assert round(float(points), 2) == lost, (edits, lines)
+        assert lines[0] not in seen, (edits, seen[lines[0]])
+        seen[lines[0]] = edits
+
+
+def test_every_named_mistake_is_told_from_what_is_right_and_from_every_other(sheets):
+    for part in PARTS:
+        sheet = sheets[part.number]
+        for unit in part.units:
+            known = [("", sheet.right)]
+            known += [(cause, given) for name, cause, given in sheet.wrong if name == unit.name]
+            assert len(known) > 2
+            keys = [check.answer_key(unit, n) for n in range(len(unit.cases))]
+            for i, (cause, given) in enumerate(known):
+                for other, wrong in known[:i]:
+                    alike = [check.fits(given[key], wrong[key]) for key in keys]
+                    assert not all(alike), (unit.name, cause, other)
+
+
+def test_messages_are_short_readable_sentences(sheets):
+    for part in PARTS:
+        for unit, cause, _ in sheets[part.number].wrong:
+            assert 10 < len(cause) < 95 and cause[0].islower() and cause[-1] not in ".:", cause
+
+
+def test_all_is_well_with_the_real_modules_and_other_ways_to_write_them(sheets, tmp_path):
+    """Of functions that are written otherwise the grader must not say that they are wrong."""
+    others = {
+        "guided_noise": [["eps_uncond + guidance * (eps_cond - eps_uncond)", OTHER_GUIDANCE]],
+        "gaussian_log_prob": [["x, mean, std = x.detach()", OTHER_LOG_PROB]],
+        "ppo_loss": [["ratio = (log_prob - log_prob_old).exp()", OTHER_PPO]],
+        "rwr_weights": [["len(r) * torch.softmax(beta * r, 0)", OTHER_SOFTMAX]],
+        "normalize_advantages": [[".clamp(-limit, limit).float()", OTHER_CLIP]],
+    }
+    for unit in UNITS.values():
+        for edits in ([], others.get(unit.name, [])):
+            changed(unit, edits, tmp_path)
+            sheet = sheets[PART_OF[unit.name].number]
+            assert marked(unit, sheet, tmp_path) == (0, []), (unit.name, edits)
+
+
+OTHER_GUIDANCE = "guidance * eps_cond + (1 - guidance) * eps_uncond"
+OTHER_SOFTMAX = "(beta * (r - r.max())).exp() / (beta * (r - r.max())).exp().mean()"
+OTHER_CLIP = ".float().minimum(torch.tensor(limit)).maximum(torch.tensor(-limit))"
+OTHER_LOG_PROB = """if (std > 0).all():
+        wide = expand(std.float(), x)
+        p = torch.distributions.Normal(mean.float(), wide, validate_args=False)
+        return p.log_prob(x.detach().float()).flatten(1).mean(1)
+    x, mean, std = x.detach()"""
+OTHER_PPO = """ratio = log_prob.exp() / log_prob_old.exp()
+    low, high = 1 - clip_range, 1 + clip_range
+    bound = torch.where(advantages > 0, ratio.clamp(max=high), ratio.clamp(min=low))
+    if advantages.any():
+        return -bound * advantages, ratio"""
+
+
+def test_the_oracles_are_those_of_the_text_books():
+    """DDIM at eta = 1 is DDPM's posterior; a percentile and log p by hand."""
+    now, after = np.array([0.5]), np.array([0.8])
+    mean, std = oracles.ddim_mean_std(np.ones((1, 1)), np.full((1, 1), 2.0), now, after, 1.0)
+    beta = 1 - 0.5 / 0.8  # Ho et al. 2020, Eq. 7 and 11
+    expected = (2 - beta / 0.5**0.5) / (1 - beta) ** 0.5
+    np.testing.assert_allclose([mean[0, 0], std[0] ** 2], [expected, 0.2 / 0.5 * beta], rtol=1e-12)
+    assert oracles.sparse_weights(["a"] * 6, np.arange(6.0), 0.8).tolist() == [0, 0, 0, 0, 1, 1]
+    log_p = oracles.gaussian_log_prob(np.ones((1, 2)), np.zeros((1, 2)), np.array([1.0]))
+    np.testing.assert_allclose(log_p, -0.5 - 0.5 * np.log(2 * np.pi), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["scheduler.py", "ddpo.py", "rewards.py"])
+def test_cut_and_graft_give_the_source_to_the_byte(name):
+    source = (ROOT / name).read_bytes().decode()
+    lines = {name: handout.asks(name, 1) for name in handout.chapters()}
+    text, bodies = handout.cut(source, lines)
+    assert text != source and handout.graft(text, bodies) == source
+    before, after = handout.functions(source), handout.functions(text)
+    for name in set(before) & set(lines):
+        docs = [handout.ast.get_docstring(tree[name]) for tree in (before, after)]
+        args = [handout.ast.unparse(tree[name].args) for tree in (before, after)]
+        assert docs[0] == docs[1] and args[0] == args[1]
+    kept = [line for line in source.splitlines() if line not in "\n".join(bodies.values())]
+    assert all(line in text for line in kept)
+
+
+def test_comments_around_a_body_stay_and_those_in_it_go():
+    source = 'def f(x):\n    """Doc."""\n    # in\n    return x  # in\n\n\n# out\ny = 1\n'
+    text, bodies = handout.cut(source, {"f": "pass"})
+    assert text == 'def f(x):\n    """Doc."""\n    pass\n\n\n# out\ny = 1\n'
+    assert bodies == {"f": "    # in\n    return x  # in"}
+
+
+def test_formulas_can_be_taken_out_of_the_docstrings(tmp_path):
+    text = handout.without_formulas((ROOT / "scheduler.py").read_text())
+    doc = handout.ast.get_docstring(handout.functions(text)["gaussian_log_prob"])
+    assert "log p =" not in doc and "0 where std = 0." in doc and "\n\n\n" not in doc
+    assert "x_t =" not in handout.ast.get_docstring(handout.functions(text)["add_noise"])
+
+
+def squeezed(text):
+    """Without white space."""
+    return re.sub(r"\s+", "", text)
+
+
+def test_the_hand_out_holds_none_of_the_cut_bodies(given_out):
+    """No line of theirs that says something, in any file."""
+    files = [path for path in given_out.rglob("*") if path.is_file()]
+    everything = squeezed("".join(path.read_bytes().decode(errors="replace") for path in files))
+    for name in ("scheduler.py", "ddpo.py", "rewards.py"):
+        source = (ROOT / name).read_text()
+        bodies = handout.cut(source, dict.fromkeys(handout.chapters(), "pass"))[1]
+        for function, body in bodies.items():
+            assert squeezed(body) in squeezed(source)
+            for line in [squeezed(line) for line in body.splitlines()]:
+                if len(line) > 24 and line != "returneps_uncond":
+                    assert line not in everything, (function, line)
+
+
+def graded(folder, out, **options):
+    """results.json of a submission, by processes of its own."""
+    grade.grade(folder, out, **options)
+    return json.loads(out.read_text())
+
+
+def test_an_untouched_hand_out_earns_nothing_and_is_told_what_to_write(given_out, sheets, tmp_path):
+    for part in PARTS:
+        sheet, lines = sheets[part.number], []
+        for unit in part.units:
+            lost, said = marked(unit, sheet, given_out)
+            assert lost == sum(part.share(unit, kind) for kind in KINDS if has(unit, kind))
+            lines += said
+        assert len(lines) == len(part.units)
+        for unit, line in zip(part.units, lines, strict=True):
+            assert re.fullmatch(rf"write {unit.name}(\.\w+)? \(chapter {part.chapter}\)", line)
+
+
+def test_grade_in_processes_of_its_own(given_out, tmp_path):
+    """Parts 1 and 8: one right, one with a mistake; the student's other functions don't matter."""
+    source = (ROOT / "ddpo.py").read_text().replace("return -torch.minimum", "return torch.minimum")
+    (tmp_path / "ddpo.py").write_text(source)
+    (tmp_path / "scheduler.py").write_text((ROOT / "scheduler.py").read_text())
+    out = tmp_path / "results.json"
+    found = graded(tmp_path, out, student="ada", key=b"a key", numbers=[1, 8])
+    assert [test["score"] for test in found["tests"]] == [2, 2.5] and found["score"] == 4.5
+    assert found["tests"][0]["output"].startswith("right.")
+    assert "ppo_loss" in found["tests"][1]["output"] and "the sign is turned" in json.dumps(found)
+    assert [test["max_score"] for test in found["tests"]] == [2, 5]
+
+
+def test_check_names_a_mistake_in_a_filled_hand_out(given_out, tmp_path, capfd):
+    """Out of its own files, which hold no formula; what is built on a wrong function waits."""
+    folder = tmp_path / "mine"
+    shutil.copytree(given_out, folder)
+    source = (ROOT / "scheduler.py").read_text().replace("return eta * variance", "return variance")
+    (folder / "scheduler.py").write_text(source)
+    command = [sys.executable, str(folder / "tutorial/assignments/check.py"), "--parts", "1,2"]
+    subprocess.run(command, check=True)
+    said = capfd.readouterr().out
+    assert "part 1: 2.00 of 2" in said and "part 2: 2." in said
+    assert "make ddim_std right first" in said
+
+
+def test_numbers_are_each_students_own():
+    part = PARTS[0]
+    first, second = (oracles.sheet(part, {}, student, b"k") for student in ("ada", "bob"))
+    again = oracles.sheet(part, {}, "ada", b"k")
+    assert (first.questions["add_noise/0"]["x_0"] == again.questions["add_noise/0"]["x_0"]).all()
+    assert (first.questions["add_noise/0"]["x_0"] != second.questions["add_noise/0"]["x_0"]).all()
+    assert not check.fits(second.right["add_noise/0"], first.right["add_noise/0"])
+
+
+def test_the_parts_add_up():
+    assert sum(part.points for part in PARTS) == 40
+    for part in PARTS:
+        shares = [part.share(u, kind) for u in part.units for kind in KINDS if has(u, kind)]
+        assert sum(shares) == part.points

@@ -1,0 +1,151 @@
+"""Write what students get: `python tutorial/assignments/handout.py OUT`.
+
+    --without-formulas      take the formulas out of the docstrings too
+
+The hand-out is this project with the bodies of parts.py's functions cut out by their places in the
+syntax tree: signatures, docstrings and every comment outside stay as they are, and nothing is kept
+twice. `graft` puts bodies back: cut and graft give the source to the byte. Beside the modules it
+holds the zoo, the prompts, the assignments' text and check.py with its questions; no chapters,
+which quote the functions, no tests, no oracles.
+"""
+
+import argparse
+import ast
+import shutil
+from pathlib import Path
+
+from check import store
+from oracles import sheet
+from parts import PARTS, UNITS, chapters
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+MODULES = ("scheduler.py", "ddpo.py", "rewards.py", "unet.py", "train.py")
+COPIED = ("requirements.txt", "LICENSE", ".gitignore", "tutorial/prompts")
+OURS = ("README.md", "check.py", "parts.py", "worker.py")
+
+
+def functions(source):
+    """{name, of a method Class.name: its node in the syntax tree}."""
+    found = {}
+    for node in ast.parse(source).body:
+        found[getattr(node, "name", "")] = node
+        for inner in node.body if isinstance(node, ast.ClassDef) else []:
+            found[f"{node.name}.{getattr(inner, 'name', '')}"] = inner
+    return found
+
+
+def places(source, names):
+    """Where the bodies lie, docstrings excluded -> [(name, first line, one after the last)]."""
+    nodes = functions(source)
+    found = []
+    for name in [name for name in names if name in nodes]:
+        body = nodes[name].body
+        if not ast.get_docstring(nodes[name]) or len(body) < 2:
+            raise ValueError(f"{name} has no docstring, or no body")
+        found.append((name, body[0].end_lineno, body[-1].end_lineno))
+    return sorted(found, key=lambda place: place[1])
+
+
+def cut(source, lines):
+    """Put one line in the place of each body. lines: {name: it} -> the text, {name: the body}."""
+    text, bodies = source.split("\n"), {}
+    for name, first, last in reversed(places(source, lines)):
+        body = text[first:last]
+        indent = len(body[-1]) - len(body[-1].lstrip()) if len(body) == 1 else indent_of(body)
+        bodies[name] = "\n".join(body)
+        text[first:last] = [" " * indent + lines[name]]
+    return "\n".join(text), bodies
+
+
+def indent_of(lines):
+    """The spaces before the first line that is code."""
+    code = next(line for line in lines if line.strip())
+    return len(code) - len(code.lstrip())
+
+
+def graft(text, bodies):
+    """The inverse of `cut`: its text, {name: body} -> the source."""
+    lines = text.split("\n")
+    for name, first, last in reversed(places(text, bodies)):
+        lines[first:last] = bodies[name].split("\n")
+    return "\n".join(lines)
+
+
+def asks(name, chapter):
+    """What stands where a body was."""
+    return f'raise NotImplementedError("write {name} (chapter {chapter})")'
+
+
+def hollow(source):
+    """A module without the bodies of all parts."""
+    return cut(source, {name: asks(name, chapter) for name, chapter in chapters().items()})[0]
+
+
+def without_formulas(source):
+    """The docstrings of the parts' functions without their indented lines."""
+    lines, nodes = source.split("\n"), functions(source)
+    for name in sorted(set(chapters()) & set(nodes), key=lambda n: -nodes[n].lineno):
+        doc = nodes[name].body[0]
+        kept = []
+        for line in lines[doc.lineno - 1 : doc.end_lineno]:
+            indented = line.startswith(" " * (doc.col_offset + 1))
+            if not indented and (line.strip() or kept[-1].strip()):
+                kept.append(line)
+        lines[doc.lineno - 1 : doc.end_lineno] = kept
+    return "\n".join(lines)
+
+
+def signatures(part, folder=ROOT):
+    """{unit: "(x_0, noise, alpha_bar_t)"} of a part; of a class, its __init__'s."""
+    found = {}
+    for unit in part.units:
+        nodes = functions((folder / f"{unit.file}.py").read_text(encoding="utf-8"))
+        node = nodes.get(f"{unit.name}.__init__", nodes[unit.name])
+        found[unit.name] = f"({ast.unparse(node.args).removeprefix('self, ')})"
+    return found
+
+
+def copy(name, out):
+    """A file, or a folder's data and not its scripts, from the same place in the project."""
+    source, target = ROOT / name, out / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(
+            source, target, ignore=shutil.ignore_patterns("*.py", ".data", "__pycache__")
+        )
+    else:
+        shutil.copy(source, target)
+
+
+def write(out, formulas=True, zoo=True):
+    """The hand-out, into a folder that isn't there yet."""
+    out.mkdir(parents=True)
+    for name in MODULES:
+        source = (ROOT / name).read_text(encoding="utf-8")
+        text = hollow(source)
+        (out / name).write_text(text if formulas else without_formulas(text), encoding="utf-8")
+    for name in (*COPIED, *(["tutorial/zoo"] if zoo else [])):
+        copy(name, out)
+    for name in OURS:
+        copy(f"tutorial/assignments/{name}", out)
+    shutil.copy(HERE / "ai-policy.md", out / "AGENTS.md")
+    for part in PARTS:
+        made = sheet(part, signatures(part))
+        store(made, out / "tutorial" / "assignments" / "checks")
+
+
+def main(argv=None):
+    """The program."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="a folder that isn't there yet")
+    parser.add_argument("--without-formulas", action="store_true", help="in docstrings")
+    options = parser.parse_args(argv)
+    if options.out.exists():
+        parser.error(f"{options.out} is there already")
+    write(options.out, not options.without_formulas)
+    print(f"{len(UNITS)} units of {len(PARTS)} parts: {options.out}")
+
+
+if __name__ == "__main__":
+    main()
