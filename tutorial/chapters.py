@@ -128,7 +128,7 @@ def execute(code, where, line, namespace):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile("\n" * line + code, where, "exec"), namespace)
-    return "".join(f"{line.rstrip()}\n" for line in printed.getvalue().strip().splitlines())
+    return "".join(f"{line.rstrip()}\n" for line in printed.getvalue().strip("\n").splitlines())
 
 
 def refuse(*arguments):
