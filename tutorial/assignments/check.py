@@ -1,6 +1,6 @@
 """Try what you have written, on your own machine: `python tutorial/assignments/check.py`.
 
-    --parts 5,8         these only
+    --parts 5,8         these only; 11 to 18 are the variants
 
 It names mistakes without knowing a formula: the hand-out carries questions, the right answers, and
 the wrong ones that common mistakes give, each with its cause (checks/). What fits none of them is
@@ -25,7 +25,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from parts import KINDS, PARTS, UNITS, has
+from parts import KINDS, PARTS, UNITS, VARIANTS, has
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -114,6 +114,8 @@ def stored(path):
 def job_of(sheets, submission, reference, confined):
     """What the worker must know beside the questions."""
     units = [unit for part in PARTS for unit in part.units]
+    cut = [(unit.file, name.partition(".")[0]) for unit in units for name in unit.cut]
+    units += [unit for part in VARIANTS for unit in part.units]
     signatures = {name: text for sheet in sheets for name, text in sheet.signatures.items()}
     tasks = []
     for unit in [unit for unit in units if unit.name in signatures]:
@@ -121,7 +123,6 @@ def job_of(sheets, submission, reference, confined):
         task["cases"] = [(case.kind, case.wrt) for case in unit.cases]
         task["names"] = [name.partition(".")[0] for name in unit.cut]
         tasks.append({**task, "signature": signatures[unit.name]})
-    cut = [(unit.file, name.partition(".")[0]) for unit in units for name in unit.cut]
     job = {"submission": str(submission), "reference": str(reference or ""), "units": tasks}
     return {**job, "cut": cut, "confined": confined}
 
@@ -384,7 +385,8 @@ def sentences(part, verdicts):
 
 def earned(part, verdicts):
     """The points of a part -> Fraction."""
-    shares = [part.share(UNITS[v.unit], v.kind) for v in verdicts if v.right]
+    units = {unit.name: unit for unit in part.units}
+    shares = [part.share(units[v.unit], v.kind) for v in verdicts if v.right]
     return sum(shares, Fraction(0))
 
 
@@ -395,13 +397,15 @@ def main(argv=None):
     wanted = [int(number) for number in parser.parse_args(argv).parts.split(",")]
     files = {unit.file for part in PARTS for unit in part.units if part.number in wanted}
     some = [part for part in PARTS if files & {unit.file for unit in part.units}]
+    some += [part for part in VARIANTS if part.number in wanted]
     sheets = {p.number: stored(HERE / "checks" / f"part{p.number:02d}.safetensors") for p in some}
     answers = ask(sheets.values(), HERE.parents[1], seconds=SECONDS * len(some))
     wrong = set()
     for part in some:
         verdicts = judge(part, sheets[part.number], answers)
         for verdict in [v for v in verdicts if not v.right]:
-            waits = [name for name in UNITS[verdict.unit].needs if name in wrong]
+            needs = UNITS[verdict.unit].needs if verdict.unit in UNITS else ()
+            waits = [name for name in needs if name in wrong]
             if waits and not verdict.why.startswith("write "):
                 verdict.what, verdict.why = "", f"make {', '.join(waits)} right first"
             wrong.add(verdict.unit)

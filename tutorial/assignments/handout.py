@@ -14,9 +14,10 @@ import ast
 import shutil
 from pathlib import Path
 
+import variants
 from check import store
 from oracles import sheet
-from parts import PARTS, UNITS, chapters
+from parts import KEY, PARTS, UNITS, VARIANTS, chapters
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -106,6 +107,13 @@ def signatures(part, folder=ROOT):
     return found
 
 
+def questions(part, student="public", key=KEY):
+    """A part's, or a variant's, as one student gets them -> check.Sheet."""
+    if part in VARIANTS:
+        return sheet(part, signatures(part, HERE), student, key, variants)
+    return sheet(part, signatures(part), student, key)
+
+
 def copy(name, out):
     """A file, or a folder's data and not its scripts, from the same place in the project."""
     source, target = ROOT / name, out / name
@@ -130,9 +138,10 @@ def write(out, formulas=True, zoo=True):
     for name in OURS:
         copy(f"tutorial/assignments/{name}", out)
     shutil.copy(HERE / "ai-policy.md", out / "AGENTS.md")
-    for part in PARTS:
-        made = sheet(part, signatures(part))
-        store(made, out / "tutorial" / "assignments" / "checks")
+    names = [unit.name for part in VARIANTS for unit in part.units]
+    (out / "variants.py").write_text(variants.stubs(names), encoding="utf-8")
+    for part in (*PARTS, *VARIANTS):
+        store(questions(part), out / "tutorial" / "assignments" / "checks")
 
 
 def main(argv=None):

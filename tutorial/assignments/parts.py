@@ -361,6 +361,118 @@ PARTS = [
 UNITS = {unit.name: unit for part in PARTS for unit in part.units}
 
 
+def variant(number, points, chapter, paper, picture, unit):
+    """A part whose one function no file of this project holds; it stands in variants.py."""
+    return Part(number, points, 60, chapter, paper, picture, [unit])
+
+
+def v_unit():
+    """Variant 11."""
+    inputs = {"v": latents(80), "x_t": latents(81), "alpha_bar_t": NOW}
+    ends = {"v": latents(82, 2), "x_t": latents(83, 2), "alpha_bar_t": floats(0, 1)}
+    cases = [Case("values", inputs), Case("gradients", inputs, ("v", "x_t"))]
+    return Unit("variants", "v_to_noise", ("eps", "x_0"), [*cases, Case("edges", ends)])
+
+
+def ddpm_unit():
+    """Variant 12."""
+    inputs = {"eps": latents(84), "x_t": latents(85), "alpha_bar_t": NOW, "alpha_bar_prev": PREV}
+    last = {"eps": latents(86, 2), "x_t": latents(87, 2), "alpha_bar_t": floats(0.9, 0.99)}
+    last["alpha_bar_prev"] = floats(1, 1)
+    cases = [Case("values", {**inputs, "large": large}) for large in (0.3, 0.8)]
+    cases.append(Case("gradients", {**inputs, "large": 0.3}, ("eps", "x_t")))
+    cases += [Case("edges", {**inputs, "large": large}) for large in (0.0, 1.0)]
+    cases += [Case("edges", {**last, "large": large}) for large in (0.0, 0.5, 1.0)]
+    return Unit("variants", "ddpm_mean_std", ("mean", "std"), cases)
+
+
+def joint_unit():
+    """Variant 13."""
+    # D x the difference: below, in and above the range, for advantages of both signs
+    moved = floats(-0.9, 0.1, 1.1, -1.3, -0.08, 0.7)
+    inputs = {"log_prob": floats(-1.4, -0.9, -1.2, -1.1, -1.3, -0.8), "dimensions": 24}
+    inputs["log_prob_old"] = inputs["log_prob"] - moved / 24
+    inputs.update(advantages=floats(1.5, 0.7, 2.0, -0.6, -1.8, -1.1), limit=0.5)
+    far = {"log_prob": floats(-1, -1, -1, -1, -1), "limit": 1.5, "dimensions": 16384}
+    far["log_prob_old"] = floats(-1.5, -0.5, -1.5, -1.00003, -1.1)
+    far["advantages"] = floats(1, -1, 0, 2, -0.5)
+    cases = [Case("values", inputs), Case("gradients", inputs, ("log_prob",))]
+    cases += [Case("edges", far)]
+    return Unit("variants", "joint_ppo_loss", ("loss", "ratio"), cases)
+
+
+GROUPS = ["cat", "dog", "cat", "cat", "dog", "cat", "fox", "dog", "cat"]
+SCORES = doubles(0.3, 1.2, -0.5, 1.9, 0.1, 0.8, -1.1, 2.4, 1.1)
+
+
+def leave_one_out_unit():
+    """Variant 14."""
+    inputs = {"prompts": GROUPS, "rewards": SCORES}
+    cases = [Case("values", inputs), Case("edges", {"prompts": ["a"], "rewards": doubles(3)})]
+    cases.append(Case("edges", {"prompts": GROUPS, "rewards": SCORES + 1e9}))
+    types = {"baseline": "float64"}
+    return Unit("variants", "leave_one_out", ("advantages", "baseline"), cases, dtypes=types)
+
+
+def rank_unit():
+    """Variant 15."""
+    tied = doubles(0.8, 1.2, -0.5, 0.8, 1.2, 0.8, -1.1, 2.4, 1.1)
+    alike = {"prompts": ["cat"] * 3 + ["dog"], "rewards": doubles(2, 2, 2, 5)}
+    cases = [Case("values", {"prompts": GROUPS, "rewards": r}) for r in (SCORES, tied)]
+    return Unit("variants", "rank_advantages", ("advantages",), [*cases, Case("edges", alike)])
+
+
+def importance_unit():
+    """Variant 16."""
+    old = normal(88, 6, 4) - 1
+    inputs = {"log_probs": old + 0.02 * normal(89, 6, 4), "log_probs_old": old, "dimensions": 24}
+    far = {"log_probs": old + 0.2 * normal(90, 6, 4), "log_probs_old": old, "dimensions": 16384}
+    cases = [Case("values", inputs), Case("gradients", inputs, ("log_probs",))]
+    cases += [Case("edges", far), Case("edges", {**inputs, "log_probs": old})]
+    return Unit("variants", "trajectory_weights", ("weights", "effective_size"), cases)
+
+
+def kl_unit():
+    """Variant 17."""
+    now = normal(91, 6, 4) - 1
+    inputs = {"log_probs": now, "log_probs_ref": now - 0.04 * normal(92, 6, 4), "dimensions": 24}
+    one = {"log_probs": now[:1], "log_probs_ref": now[:1] + floats(0.1), "dimensions": 3}
+    cases = [Case("values", inputs), Case("gradients", inputs, ("log_probs",))]
+    cases += [Case("edges", one), Case("edges", {**inputs, "log_probs_ref": now})]
+    return Unit("variants", "kl_estimators", ("means", "errors"), cases)
+
+
+def kl_to_go_unit():
+    """Variant 18."""
+    now = normal(93, 5, 4) - 1
+    inputs = {"rewards": doubles(1, 5, 2.5, -3, 4), "log_probs": now, "dimensions": 24}
+    inputs.update(log_probs_ref=now - 0.05 * normal(94, 5, 4), coefficient=0.3)
+    single = {**inputs, "log_probs": now[:, :1], "log_probs_ref": now[:, 1:2]}
+    cases = [Case("values", inputs), Case("gradients", inputs, ("log_probs",))]
+    cases += [Case("edges", single), Case("edges", {**inputs, "coefficient": 0.0})]
+    return Unit("variants", "kl_to_go", ("returns",), cases)
+
+
+VARIANTS = [
+    variant(11, 7, 1, "after Sec. 3.1", "a network of another kind draws", v_unit()),
+    variant(12, 7, 1, "after Eq. 2", "the same picture, grainier by the step", ddpm_unit()),
+    variant(13, 7, 6, "after App. D.1", "one clip range for all latent sizes", joint_unit()),
+    variant(
+        14, 7, 5, "after App. D.3", "pictures by advantage, without a std", leave_one_out_unit()
+    ),
+    variant(15, 7, 5, "after App. D.3", "pictures by rank", rank_unit()),
+    variant(16, 7, 6, "after Sec. 4.3", "how many pictures an update is worth", importance_unit()),
+    variant(17, 6, 8, "after App. C", "the distance from the base, epoch by epoch", kl_unit()),
+    variant(18, 6, 8, "after App. C", "returns, step by step", kl_to_go_unit()),
+]
+
+
+def variants_of(student, key=KEY):
+    """One variant of each of the three groups, the student's own -> list of Part."""
+    groups = (VARIANTS[:3], VARIANTS[3:6], VARIANTS[6:])
+    return [chosen(key, student, f"variants {n}", some, 1)[0] for n, some in enumerate(groups)]
+
+
 def chapters():
     """{function whose body is cut: the chapter that it belongs to}."""
     return {name: p.chapter for p in PARTS for unit in p.units for name in unit.cut}
