@@ -293,6 +293,7 @@ def main():
     parser.add_argument("--notebooks", action="store_true", help="write the notebooks alone")
     given = parser.parse_args()
     chosen = [path for path in paths() if given.chapter in (None, number(path))]
+    faults = []
     if given.quotes:
         for path in chosen:
             path.write_text(quoted(path.read_text(encoding="utf-8")), encoding="utf-8")
@@ -300,15 +301,14 @@ def main():
         start = time.time()
         faults = run_chapter(chosen[0], given.check)
         print(f"{chosen[0].name}: {time.time() - start:.0f} s", *faults, sep="\n", flush=True)
-        sys.exit(bool(faults))
     elif not given.notebooks:
         options = ["--check"] if given.check else []
         with ThreadPoolExecutor(TOGETHER) as pool:
             went_well = list(pool.map(lambda path: run_apart(path, options), chosen))
-        if not all(went_well):
-            sys.exit(1)
+        faults = [path.name for path, well in zip(chosen, went_well) if not well]
     if not given.check:
         write_notebooks()
+    sys.exit(bool(faults))
 
 
 if __name__ == "__main__":
