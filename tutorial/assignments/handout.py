@@ -5,12 +5,13 @@
 The hand-out is this project with the bodies of parts.py's functions cut out by their places in the
 syntax tree: signatures, docstrings and every comment outside stay as they are, and nothing is kept
 twice. `graft` puts bodies back: cut and graft give the source to the byte. Beside the modules it
-holds the zoo, the prompts, the assignments' text and check.py with its questions; no chapters,
-which quote the functions, no tests, no oracles.
+holds the zoo, the prompts, the chapters (the functions that they quote are cut as well), the
+assignments' text, and check.py with its questions; no tests, no oracles.
 """
 
 import argparse
 import ast
+import re
 import shutil
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from parts import KEY, PARTS, UNITS, VARIANTS, chapters
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 MODULES = ("scheduler.py", "ddpo.py", "rewards.py", "unet.py", "train.py")
-COPIED = ("requirements.txt", "LICENSE", ".gitignore", "tutorial/prompts")
+COPIED = ("requirements.txt", "LICENSE", ".gitignore", "tutorial/prompts", "tutorial/figures")
+SCRIPTS = ("lab.py", "redness.py", "zoo/data.py", "zoo/judge.py", "zoo/raters.py")
+QUOTE = re.compile(r"(<!-- quote \w+\.([\w.]+) -->\n```python\n)(.*?)(\n```\n)", re.DOTALL)
 OURS = ("README.md", "check.py", "parts.py", "worker.py")
 
 
@@ -83,6 +86,19 @@ def hollow(source):
     return cut(source, {name: asks(name, chapter) for name, chapter in chapters().items()})[0]
 
 
+def hollow_quotes(chapter):
+    """A chapter, the functions that it quotes without their bodies."""
+
+    def hollowed(match):
+        quoted, lines = match[2], {}
+        for name, number in chapters().items():
+            if name == quoted or name.startswith(f"{quoted}."):
+                lines[name if name != quoted else name.split(".")[-1]] = asks(name, number)
+        return match[1] + (cut(match[3], lines)[0] if lines else match[3]) + match[4]
+
+    return QUOTE.sub(hollowed, chapter)
+
+
 def without_formulas(source):
     """The docstrings of the parts' functions without their indented lines."""
     lines, nodes = source.split("\n"), functions(source)
@@ -119,25 +135,27 @@ def copy(name, out):
     source, target = ROOT / name, out / name
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
-        shutil.copytree(
-            source, target, ignore=shutil.ignore_patterns("*.py", ".data", "__pycache__")
-        )
+        without = shutil.ignore_patterns("*.py", ".data", "__pycache__")
+        shutil.copytree(source, target, ignore=without, dirs_exist_ok=True)
     else:
         shutil.copy(source, target)
 
 
 def write(out, formulas=True, zoo=True):
-    """The hand-out, into a folder that isn't there yet."""
+    """The hand-out, into a folder that isn't there yet; zoo: with its weights."""
     out.mkdir(parents=True)
     for name in MODULES:
-        source = (ROOT / name).read_text(encoding="utf-8")
-        text = hollow(source)
+        text = hollow((ROOT / name).read_text(encoding="utf-8"))
         (out / name).write_text(text if formulas else without_formulas(text), encoding="utf-8")
-    for name in (*COPIED, *(["tutorial/zoo"] if zoo else [])):
+    ours = [f"tutorial/assignments/{name}" for name in OURS]
+    scripts = [f"tutorial/{name}" for name in SCRIPTS]
+    for name in [*COPIED, *ours, *scripts, *(["tutorial/zoo"] if zoo else [])]:
         copy(name, out)
-    for name in OURS:
-        copy(f"tutorial/assignments/{name}", out)
+    for path in [*ROOT.glob("tutorial/[0-9]*-*.md"), ROOT / "tutorial" / "README.md"]:
+        text = hollow_quotes(path.read_text(encoding="utf-8"))
+        (out / "tutorial" / path.name).write_text(text, encoding="utf-8")
     shutil.copy(HERE / "ai-policy.md", out / "AGENTS.md")
+    shutil.copy(HERE / "README.md", out / "README.md")
     names = [unit.name for part in VARIANTS for unit in part.units]
     (out / "variants.py").write_text(variants.stubs(names), encoding="utf-8")
     for part in (*PARTS, *VARIANTS):

@@ -15,6 +15,7 @@ import os
 import struct
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -245,16 +246,25 @@ def confine(folder):
     """Lock this process up, as far as the system allows."""
     if not sys.platform.startswith("linux"):
         return
-    root = os.getuid() == 0
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc, root = ctypes.CDLL(None, use_errno=True), os.getuid() == 0
     if root:
         libc.unshare(0x40000000)  # CLONE_NEWNET: no network but its own, which leads nowhere
+    most = threads_of(NOBODY if root else os.getuid()) + 64
+    resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
     landlock(libc, folder)
     if root:
-        resource.setrlimit(resource.RLIMIT_NPROC, (64, 64))
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
+
+
+def threads_of(user):
+    """How many threads a user has, by number."""
+    count = 0
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it may have ended
+            count += len(os.listdir(path / "task")) if path.stat().st_uid == user else 0
+    return count
 
 
 def landlock(libc, folder):
@@ -294,8 +304,9 @@ def main():
     questions, metadata = read(folder / "questions.safetensors")
     job = metadata["job"]
     sys.path.insert(0, job["reference"] or job["submission"])
-    for file in ("scheduler", "ddpo", "rewards") if job["reference"] else []:
-        importlib.import_module(file)
+    files = {task["file"] for task in job["units"]}
+    for file in files if job["reference"] else ():  # a variant has no reference, but may use them
+        importlib.import_module(file if file != "variants" else "ddpo")
     torch.set_num_threads(1)
     (folder / "ready").touch()
     limit()
