@@ -338,8 +338,7 @@ def make_alignment(settings, device):
     score = BertScore(settings.bert, settings.bert_layer, device)
     url, vlm = settings.vlm_url, settings.vlm
     describe = ChatServer(url, vlm) if url else Llava(vlm, device)
-    scorer = f"{settings.bert}, layer {score.layer}"
-    print(f"alignment: described by {describe.name}, scored by {scorer}")
+    print(f"alignment: described by {describe.name}, scored by {settings.bert}")
     return partial(alignment, describe=describe, score=score, question=question)
 
 
@@ -367,11 +366,12 @@ def restored():
         torch.set_float32_matmul_precision(matmul)
 
 
-def load_object(spec, flag):
+def load_object(spec, flag, known):
     """What "file.py:name", the value of `flag`, names. Raises UserError, with the line at fault.
 
-    The file is imported as Python would, once, its folder last on sys.path.
+    The file is imported as Python would, once, its folder last on sys.path. known: other values.
     """
+    require(".py:" in spec, f"{flag} {spec}: neither {', '.join(known)} nor file.py:name")
     file, _, wanted = spec.rpartition(":")
     path = Path(file).resolve()
     found = path.suffix == ".py" and path.is_file()
@@ -400,8 +400,7 @@ def make_reward(name, settings, device, flag="--reward", metadata=None):
     """
     if name in REWARDS:
         return REWARDS[name](settings, device)
-    require(".py:" in name, f"{flag} {name}: neither {', '.join(REWARDS)} nor file.py:function")
-    reward = load_object(name, flag)
+    reward = load_object(name, flag, REWARDS)
     require(callable(reward), f"{flag} {name}: that is not a function")
     with refusing(f"{flag} {name}", TypeError, ValueError):  # of those written in C
         third = [*inspect.signature(reward).parameters.values()][2:3]

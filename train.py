@@ -12,7 +12,6 @@ steps move every weight by all of lr.
 """
 
 import argparse
-import copy
 import dataclasses
 import json
 import math
@@ -52,7 +51,7 @@ def one_epoch(run, epoch):
     records, images = roll_out(run, prompts, epoch, run.algorithm.record)  # x_T ... x_0 ~ p_theta
     clock.append(time.time())
 
-    rewards, _ = score(run.reward, images, prompts)  # r(x_0, c), of all samples
+    rewards, _ = score(run.rewards["reward"], images, prompts)  # r(x_0, c), of all samples
     observed = {"reward_mean": rewards.mean(), "reward_std": rewards.std()}
     observed["diversity"] = spread(run, images, prompts)
     del images  # 7.9 GB in a round of RWR on SD v1.4
@@ -179,7 +178,6 @@ HEADINGS = {  # of --help, and the first setting below each
     "seed": "the run",
 }
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-PATHS = ("prompts", "metrics", "clip", "aesthetic_head", "vlm", "bert")  # may begin with ../
 PROMPTS = {"aesthetic": "common-animals", "alignment": "animal-activities"}  # Sec. 6
 
 
@@ -199,7 +197,7 @@ def parse(argv):
         options = kinds.get(f.type, {"type": f.type, "metavar": f.type.__name__})
         default = "" if f.default is None or f.type is bool else f" [{f.default}]"
         group.add_argument(flag(name), help=f.metadata["help"] + default, **options)
-    return vars(placed(parser.parse_args(argv), Path()))
+    return placed(vars(parser.parse_args(argv)), Path())
 
 
 def model_settings(folder, given):
@@ -254,12 +252,13 @@ def check(config, given, algorithm):
 
 
 def placed(settings, folder):
-    """A copy of the settings: paths that begin with ../ are made whole, seen from the folder."""
-    whole = copy.copy(settings)
-    for name in set(PATHS) & set(vars(settings)):
-        items = getattr(settings, name).split(",")
-        items = [str((folder / i).resolve()) if i.startswith("../") else i for i in items]
-        setattr(whole, name, ",".join(items))
+    """{name: value}: what begins with ../ is a path, and made whole as seen from the folder."""
+    whole = dict(settings)
+    for name, text in settings.items():
+        if isinstance(text, str) and "../" in text:
+            items = text.split(",")
+            items = [str((folder / i).resolve()) if i.startswith("../") else i for i in items]
+            whole[name] = ",".join(items)
     return whole
 
 
@@ -370,8 +369,7 @@ class Run:
     scaler: torch.amp.GradScaler
     prompts: list  # of str
     metadata: dict  # {prompt: its line of a .jsonl file}
-    reward: object  # a function (images, prompts) -> scores
-    watched: dict  # {name: another such function}
+    rewards: dict  # {"reward", and what is watched: functions (images, prompts) -> scores}
     clip: object  # rewards.ClipEmbedder, or None
 
     def checkpoints(self):
@@ -391,9 +389,7 @@ def choose_model(given, device):
 
 def choose_algorithm(name):
     """One of ALGORITHMS, or a class from a user's file. Raises UserError."""
-    fits = name in ALGORITHMS or ".py:" in name
-    require(fits, f"--algorithm {name}: neither one of {', '.join(ALGORITHMS)} nor a file.py:Class")
-    algorithm = ALGORITHMS.get(name) or load_object(name, "--algorithm")
+    algorithm = ALGORITHMS.get(name) or load_object(name, "--algorithm", ALGORITHMS)
     fits = isinstance(algorithm, type) and issubclass(algorithm, ddpo.Algorithm)
     require(fits, f"--algorithm {name}: must be a class derived from ddpo.Algorithm")
     return algorithm
@@ -407,10 +403,10 @@ def set_own(algorithm, texts):
     known = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
     for text in texts or []:
         name, _, value = text.partition("=")
-        try:
+        with refusing(
+            f"--set {text}: {cls.__name__} knows {known or 'none'}", KeyError, ValueError
+        ):
             setattr(algorithm, name, kinds[name](value))
-        except (KeyError, ValueError):
-            raise UserError(f"--set {text}: {cls.__name__} knows {known or 'none'}") from None
 
 
 def prepare(given):
@@ -426,7 +422,7 @@ def prepare(given):
     check(c, given, algorithm)
     name = f"{c.reward.rpartition(':')[2]}-{c.algorithm.rpartition(':')[2]}"
     c.out = c.out or str(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    out, used = Path(c.out), placed(c, folder)
+    out, used = Path(c.out), Config(**placed(vars(c), folder))
     lines = read_json(out / "prompts.json")["prompts"] if c.resume else load_prompts(used.prompts)
     metadata = {line["prompt"]: line for line in lines if isinstance(line, dict)}
     prompts = list(metadata) or lines
@@ -448,21 +444,20 @@ def prepare(given):
 
 
 def load_rewards(config, device, metadata):
-    """The reward, those to watch beside it {name: function}, and CLIP, or None."""
+    """{"reward": the one to learn, and those to watch by their names}, and CLIP, or None."""
     device = choose_device(config.reward_device or str(device), "--reward-device")
-    reward = make_reward(config.reward, config, device, metadata=metadata)
-    watched, taken = {}, ("epoch", "prompts", "reward", "rewards", "shown")
-    specs = [spec.strip() for spec in config.metrics.split(",")]
-    for spec in [spec for spec in specs if spec not in ("", config.reward)]:
+    rewards = {"reward": make_reward(config.reward, config, device, metadata=metadata)}
+    specs, taken = config.metrics.split(","), ("epoch", "prompts", "reward", "rewards", "shown")
+    for spec in [spec.strip() for spec in specs if spec.strip() not in ("", config.reward)]:
         name = spec.rpartition(":")[2]
         line = f"--metrics {config.metrics}: names must differ, also from {', '.join(taken)}"
-        require(name not in (*watched, *taken), line)
-        watched[name] = make_reward(spec, config, device, "--metrics", metadata)
+        require(name not in (*rewards, *taken), line)
+        rewards[name] = make_reward(spec, config, device, "--metrics", metadata)
     try:
-        return reward, watched, clip_embedder(config.clip, device)
+        return rewards, clip_embedder(config.clip, device)
     except UserError as error:
         print(f"diversity is not measured: {error}")
-        return reward, watched, None
+        return rewards, None
 
 
 def loop(run):
@@ -502,7 +497,7 @@ def evaluate(run, epoch):
     prompts = 2 * spread_prompts(run.prompts, run.config.eval_samples // 2)  # for the diversity
     _, images = roll_out(run, prompts, EVALUATION, record=len)  # no need of the trajectories
     diverse, scores, shown = spread(run, images, prompts), {}, {}
-    for name, reward in {"reward": run.reward, **run.watched}.items():
+    for name, reward in run.rewards.items():
         scores[name], shown[name] = score(reward, images, prompts)
     images = gather(images).numpy()
     if ddpo.processes()[0]:

@@ -227,14 +227,18 @@ class Block(nn.Module):
         return x
 
 
-def unet_blocks(c_ins, channels, attends, resnet, attention, resampler):
+def chained(channels, layers):
+    """What each level's ResNets take in, where each takes what the one before gives."""
+    return [[a] + [c] * (layers - 1) for a, c in zip([channels[0], *channels], channels)]
+
+
+def levels(c_ins, channels, resnet, resampler, attention=None, attends=()):
     """A Block a level, in order of computation; `c_ins`: the channels that its ResNets take in."""
     blocks = nn.ModuleList()
-    for ins, c, attending in zip(c_ins, channels, attends):
+    for i, (ins, c) in enumerate(zip(c_ins, channels)):
         resnets = [resnet(c_in, c) for c_in in ins]
-        attentions = [attention(c) for _ in ins if attending]
-        last = len(blocks) == len(channels) - 1
-        blocks.append(Block(resnets, attentions, [] if last else [resampler(c)]))
+        attentions = [attention(c) for _ in ins if i in attends]
+        blocks.append(Block(resnets, attentions, [resampler(c)] if i < len(c_ins) - 1 else []))
     return blocks
 
 
@@ -267,14 +271,14 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(4, first, 3, padding=1)
         linear_1, linear_2 = nn.Linear(first, time_dim), nn.Linear(time_dim, time_dim)
         self.time_embedding = nn.ModuleDict({"linear_1": linear_1, "linear_2": linear_2})
-        c_ins = [[before] + [c] * (layers - 1) for before, c in zip([first, *channels], channels)]
-        self.down_blocks = unet_blocks(c_ins, channels, down, resnet, attention, Downsample)
+        c_ins = chained(channels, layers)
+        self.down_blocks = levels(c_ins, channels, resnet, Downsample, attention, down)
         self.mid_block = Block([resnet(last, last), resnet(last, last)], [attention(last)])
         # on the way up each layer takes a skip connection too, the last that of the level above
         channels = channels[::-1]
         neighbours = zip([last, *channels], channels, [*channels[1:], first])
         c_ins = [[a + c] + [c + c] * (layers - 1) + [c + b] for a, c, b in neighbours]
-        self.up_blocks = unet_blocks(c_ins, channels, up, resnet, attention, Upsample)
+        self.up_blocks = levels(c_ins, channels, resnet, Upsample, attention, up)
         self.conv_norm_out = nn.GroupNorm(groups, first, eps)
         self.conv_out = nn.Conv2d(first, 4, 3, padding=1)
 
@@ -307,26 +311,16 @@ class UNet(nn.Module):
         return block.layer(i, *inputs)
 
 
-def vae_blocks(channels, layers, resnet, resampler):
-    """A Block a level, in order of computation."""
-    blocks = nn.Sequential()
-    for before, c in zip([channels[0], *channels], channels):
-        resamplers = [resampler(c)] if len(blocks) < len(channels) - 1 else []
-        c_ins = [before] + [c] * (layers - 1)
-        blocks.append(Block([resnet(c_in, c) for c_in in c_ins], resamplers=resamplers))
-    return blocks
-
-
 class Encoder(nn.Module):
     """Pictures (B, 3, H, W) -> (B, 8, H/8, W/8) with four levels."""
 
     def __init__(self, channels, layers, groups):
         super().__init__()
         c, resnet = channels[-1], partial(ResnetBlock, groups=groups, eps=1e-6)
-        # initialised before conv_in and registered after it, as when the zoo's VAE was trained
-        blocks = vae_blocks(channels, layers, resnet, partial(Downsample, padding=0))
+        downsample = partial(Downsample, padding=0)
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
-        self.down_blocks = blocks
+        blocks = levels(chained(channels, layers), channels, resnet, downsample)
+        self.down_blocks = nn.Sequential(*blocks)
         self.mid_block = Block([resnet(c, c), resnet(c, c)], [VAEAttention(c, groups)])
         self.conv_norm_out = nn.GroupNorm(groups, c, 1e-6)
         self.conv_out = nn.Conv2d(c, 8, 3, padding=1)
@@ -342,9 +336,9 @@ class Decoder(nn.Module):
     def __init__(self, channels, layers, groups):
         super().__init__()
         c, resnet = channels[0], partial(ResnetBlock, groups=groups, eps=1e-6)
-        blocks = vae_blocks(channels, layers, resnet, Upsample)
         self.conv_in = nn.Conv2d(4, c, 3, padding=1)
-        self.up_blocks = blocks
+        blocks = levels(chained(channels, layers), channels, resnet, Upsample)
+        self.up_blocks = nn.Sequential(*blocks)
         self.mid_block = Block([resnet(c, c), resnet(c, c)], [VAEAttention(c, groups)])
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], 1e-6)
         self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
@@ -399,13 +393,13 @@ def sizes(config):
 
 
 def attends(config, way, levels):
-    """Which of a UNet's blocks on the `way` "Down" or "Up" have attention -> list."""
+    """The numbers of a UNet's blocks on the `way` "Down" or "Up" that have attention -> list."""
     name, known = f"{way.lower()}_block_types", [f"{way}Block2D", f"CrossAttn{way}Block2D"]
     kinds = config.get(name)
     fits = type(kinds) is list and len(kinds) == levels and all(kind in known for kind in kinds)
     needed = f"{' or '.join(known)}, {levels} as there are block_out_channels"
     require(fits, f"{name} = {reprlib.repr(kinds)}; needed: {needed}")
-    return [kind == known[1] for kind in kinds]
+    return [i for i, kind in enumerate(kinds) if kind == known[1]]
 
 
 def load(cls, folder, dtype=torch.float32):

@@ -24,7 +24,7 @@ def metrics(folder):
 
 def test_kl_equals_that_of_torch_distributions():
     """Averaged over the dimensions, as log-probabilities are; 0 for a step without noise."""
-    gaussian_kl = load_object(f"{ALGORITHMS / 'kl.py'}:gaussian_kl", "--algorithm")
+    gaussian_kl = load_object(f"{ALGORITHMS / 'kl.py'}:gaussian_kl", "--algorithm", ())
     mean, base = torch.randn(2, 3, 4, 5, 5, dtype=torch.float64)
     std = torch.tensor([0.3, 1.7, 0.0], dtype=torch.float64)
     kl = gaussian_kl(mean, base, std)

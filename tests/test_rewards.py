@@ -543,7 +543,7 @@ def test_a_file_without_the_function_is_refused_by_name(written, tmp_path, text,
         written("mine.py", text)
     said = refused(rewards.make_reward, f"{tmp_path}/{name}", None, "cpu")
     assert words in said and f"--reward {tmp_path}/{name}" in said
-    said = refused(rewards.load_object, f"{tmp_path}/nothing.py:f", "--algorithm")
+    said = refused(rewards.load_object, f"{tmp_path}/nothing.py:f", "--algorithm", ())
     assert said.startswith(f"--algorithm {tmp_path}/nothing.py:f: there is no such file")
 
 

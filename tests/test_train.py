@@ -327,8 +327,8 @@ def test_the_evaluation_pictures_are_fixed_and_the_training_samples_are_not(tmp_
     before, after = (pictures(folder, epoch).astype(int) for epoch in (0, 2))
     assert np.abs(before - after).max() <= 1
     first, second = metrics(folder)
-    assert first["eval_reward_mean"] == pytest.approx(second["eval_reward_mean"], abs=0.01)
-    assert abs(first["reward_mean"] - second["reward_mean"]) > 0.01
+    assert first["eval_reward_mean"] == pytest.approx(second["eval_reward_mean"], abs=0.002)
+    assert abs(first["reward_mean"] - second["reward_mean"]) > 0.004
 
 
 def test_the_first_line_keeps_the_base_models_evaluation(tmp_path, capsys):
@@ -727,7 +727,7 @@ BAD = [
     ("--batch-size 400", "--batch-size 400"),
     ("--samples-per-prompt 3", "multiple of --samples-per-prompt (3)"),
     ("--algorithm ddpo-sf", "--batch-size 2: ddpo-sf takes one update an epoch"),
-    ("--algorithm ppo", "--algorithm ppo: neither one of ddpo-is"),
+    ("--algorithm ppo", "--algorithm ppo: neither ddpo-is"),
     ("--guidance nan", "--guidance nan: must be finite and at least 0"),
     ("--lr inf", "--lr inf"),
     ("--updates 5", "--updates 5: each picture is taken once, 2 updates"),
@@ -1043,11 +1043,11 @@ def test_paths_in_a_models_settings_are_relative_to_its_folder(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "ddpo.json").write_text('{"all": {"prompts": "../p.txt", "clip": "../clip"}}')
-    config = train.placed(resolve({}, folder), folder)
-    assert config.prompts == str(tmp_path / "p.txt") and config.clip == str(tmp_path / "clip")
-    zoo = train.placed(resolve({"model": "zoo"}, train.ZOO), train.ZOO)
+    config = train.placed(vars(resolve({}, folder)), folder)
+    assert config["prompts"] == str(tmp_path / "p.txt") and config["clip"] == str(tmp_path / "clip")
+    zoo = train.placed(vars(resolve({"model": "zoo"}, train.ZOO)), train.ZOO)
     truth = str(train.ZOO.parent / "raters.py:truth")
-    assert zoo.metrics.split(",")[:3] == ["compressibility", "aesthetic", truth]
+    assert zoo["metrics"].split(",")[:3] == ["compressibility", "aesthetic", truth]
 
 
 def test_paths_on_the_command_line_are_relative_to_where_it_is_typed(tmp_path, monkeypatch):
