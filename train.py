@@ -197,7 +197,7 @@ def parse(argv):
         options = kinds.get(f.type, {"type": f.type, "metavar": f.type.__name__})
         default = "" if f.default is None or f.type is bool else f" [{f.default}]"
         group.add_argument(flag(name), help=f.metadata["help"] + default, **options)
-    return placed(vars(parser.parse_args(argv)), Path())
+    return vars(placed(parser.parse_args(argv), Path()))
 
 
 def model_settings(folder, given):
@@ -252,14 +252,14 @@ def check(config, given, algorithm):
 
 
 def placed(settings, folder):
-    """{name: value}: what begins with ../ is a path, and made whole as seen from the folder."""
-    whole = dict(settings)
-    for name, text in settings.items():
+    """A copy of the settings: what begins with ../ is a path, made whole as seen from the folder."""
+    whole = dict(vars(settings))
+    for name, text in whole.items():
         if isinstance(text, str) and "../" in text:
             items = text.split(",")
             items = [str((folder / i).resolve()) if i.startswith("../") else i for i in items]
             whole[name] = ",".join(items)
-    return whole
+    return type(settings)(**whole)
 
 
 def resumed(given):
@@ -422,7 +422,7 @@ def prepare(given):
     check(c, given, algorithm)
     name = f"{c.reward.rpartition(':')[2]}-{c.algorithm.rpartition(':')[2]}"
     c.out = c.out or str(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    out, used = Path(c.out), Config(**placed(vars(c), folder))
+    out, used = Path(c.out), placed(c, folder)
     lines = read_json(out / "prompts.json")["prompts"] if c.resume else load_prompts(used.prompts)
     metadata = {line["prompt"]: line for line in lines if isinstance(line, dict)}
     prompts = list(metadata) or lines

@@ -1043,11 +1043,11 @@ def test_paths_in_a_models_settings_are_relative_to_its_folder(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "ddpo.json").write_text('{"all": {"prompts": "../p.txt", "clip": "../clip"}}')
-    config = train.placed(vars(resolve({}, folder)), folder)
-    assert config["prompts"] == str(tmp_path / "p.txt") and config["clip"] == str(tmp_path / "clip")
-    zoo = train.placed(vars(resolve({"model": "zoo"}, train.ZOO)), train.ZOO)
+    config = train.placed(resolve({}, folder), folder)
+    assert config.prompts == str(tmp_path / "p.txt") and config.clip == str(tmp_path / "clip")
+    zoo = train.placed(resolve({"model": "zoo"}, train.ZOO), train.ZOO)
     truth = str(train.ZOO.parent / "raters.py:truth")
-    assert zoo["metrics"].split(",")[:3] == ["compressibility", "aesthetic", truth]
+    assert zoo.metrics.split(",")[:3] == ["compressibility", "aesthetic", truth]
 
 
 def test_paths_on_the_command_line_are_relative_to_where_it_is_typed(tmp_path, monkeypatch):
