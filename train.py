@@ -252,7 +252,7 @@ def check(config, given, algorithm):
 
 
 def placed(settings, folder):
-    """A copy of the settings: what begins with ../ is a path, made whole as seen from the folder."""
+    """A copy of the settings; what begins with ../ is a path, made whole, seen from the folder."""
     whole = dict(vars(settings))
     for name, text in whole.items():
         if isinstance(text, str) and "../" in text:
