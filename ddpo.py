@@ -3,14 +3,8 @@
 Denoising as an MDP (Sec. 4.3): the state is (c, t, x_t), the action x_{t-1}, the policy the
 Gaussian p_theta(x_{t-1} | x_t, c) of scheduler.py; the reward r(x_0, c) comes once, at the end.
 
-    guided_noise, predict_noise                     Eq. 3 and "CFG training", App. E.1
-    Trajectories, sample, Policy                    Sec. 4.3: roll the policy out, record it
-    PromptStatistics, normalize_advantages          App. D.3: rewards normalised prompt by prompt
-    reinforce_loss, ppo_loss, policy_log_prob       Sec. 4.3, App. D.1: the two policy gradients
-    rwr_weights, sparse_weights, denoising_loss     Sec. 4.2, App. D.2: reward-weighted regression
-    Algorithm; DDPO, DDPOScoreFunction, RWR, RWRSparse; accumulate, optimizer_step
-    alarms                                          what goes wrong in practice, seen early
-    join ... sum_gradients                          several processes
+In reading order: the guided prediction, rollouts, advantages, the losses, the algorithms, one
+optimizer step, alarms, several processes.
 
 Shapes: N samples an epoch, B in a batch, b in a micro-batch; T steps; latents (4, h, w), of
 D = 4 h w dimensions; a prompt's embedding (m, d).

@@ -6,7 +6,7 @@ Timesteps t are of the 1000 that the network was trained with; sampling visits T
 x_{t-1}, alpha_bar_prev are those of the next one visited. What the numbers of a `Sampler` make it:
 
     T = 1000, eta = 1       DDPM with the posterior's variance (Ho et al. 2020); steps_offset 0
-    T < 1000, eta = 1       the same on a subsequence: the paper's, T = 50 (App. D.5; eta: code)
+    T < 1000, eta = 1       on a subsequence: the paper's T = 50 (App. D.5); DDIM, eta: the code's
     T < 1000, 0 < eta < 1   DDIM with less noise (Song et al. 2021, Eq. 16)
     eta = 0                 deterministic DDIM: no density, hence no policy gradient
     another `mean_std`      another Gaussian, such as std^2 = 1 - alpha_bar_t / alpha_bar_prev
@@ -17,8 +17,6 @@ Deviations from the paper's text, and from its authors' code where that is named
     log p is the mean over the D   as in both of their codes    ratios are D-th roots: a clip range
     dimensions of x, not the sum                                holds for one D only; REINFORCE's
                                                                 gradient is 1/D of the true one
-    DDIM's formula with eta = 1    their code; the text names   none at T = 1000: it is the DDPM
-                                   no formula and no eta        posterior
     a step with std = 0 has        theirs gives NaN (PyTorch)   a step without density adds nothing
     log p = 0                      or std = 1e-6 (JAX)          to the gradient
     the last step ends at          their PyTorch code never     none for SD v1.4; x_0 differs by up
