@@ -77,13 +77,19 @@ def number(config, name, least, most, default=None):
     return value
 
 
+# What some fields show a model to be. Nothing makes an SD v1.x of these.
+OTHERS = {"addition_embed_type = 'text_time'": "SDXL", "use_linear_projection = True": "SD 2.x"}
+OTHERS |= {"prediction_type = 'v_prediction'": "a model of v-prediction"}
+OTHERS |= {"in_channels = 9": "an inpainting model"}
+
+
 def with_fields(config, known, **needed):
     """A config with the fields `needed`. Raises UserError where it differs from them or `known`."""
     for name, value in {**known, **needed}.items():
-        given, only = config.get(name, value), f"only {value}" if value else "SD v1.x has none"
-        only += " (9: an inpainting UNet)" if given == 9 else ""
-        fits = given == value or not (given or value)
-        require(fits, f"{name} = {reprlib.repr(given)}; {only}")
+        given, right = config.get(name, value), value or "false or null"
+        said, fits = f"{name} = {reprlib.repr(given)}", given == value or not (given or value)
+        kind = f": this is {OTHERS[said]}, which cannot be converted" if said in OTHERS else ""
+        require(fits, f"{said}; needed: {right}{kind}")
     return {**config, **needed}
 
 
@@ -169,7 +175,7 @@ def named_noise(shape, count, *name):
 
 
 # What a scheduler file of Stable Diffusion v1.x says where it has these fields; None: 0 or false.
-KNOWN_FIELDS = {"prediction_type": "epsilon", "timestep_spacing": "leading", "trained_betas": None}
+KNOWN_FIELDS = {"prediction_type": "epsilon", "trained_betas": None}
 KNOWN_FIELDS |= dict.fromkeys(["clip_sample", "thresholding", "rescale_betas_zero_snr"])
 
 
@@ -206,6 +212,8 @@ class NoiseSchedule:
         """From `folder`/scheduler_config.json. Raises UserError."""
         path = Path(folder) / "scheduler_config.json"
         config = read_json(path)
+        if config.get("timestep_spacing", "leading") != "leading":  # the choice of a sampler
+            print(f"{path}: its timestep_spacing is not used, but leading, the paper's")
         with refusing(path, UserError):
             return cls.from_config(config)
 

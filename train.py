@@ -120,6 +120,7 @@ class Config:
     algorithm: str = setting("ddpo-is", f"{', '.join(ALGORITHMS)}, or file.py:Class", "user")
     set: list = setting(None, "name=value, of the algorithm's own; may be repeated", "user")
     model: str = setting("auto", "auto, zoo, a hub id, or a diffusers folder", "user free")
+    unet: str = setting(None, "start from a checkpoint, a tuned UNet or a LoRA", "user free")
     prompts: str = setting("imagenet-animals", "a named set, or a text or .jsonl file, a line each")
 
     epochs: int = setting(50, "rounds of sampling and training", "free")
@@ -339,9 +340,19 @@ def load_policy(folder, device, config):
     # fp32 is float32; else what stays float32 may use TF32
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
-    net = unet.load(unet.UNet, folder / "unet", dtype if rank else torch.float32)
+    start = Path(config.unet or folder)
+    lora = os.path.isfile(start / unet.LORA)
+    part = (folder if lora else start) / "unet"
+    if config.unet and not os.path.isdir(part):
+        part = start
+    folders = "such as RUN/checkpoints/000010, or of a UNet or a LoRA"
+    fits = os.path.isdir(part) and not os.path.isdir(start / "checkpoints")
+    require(fits or not config.unet, f"--unet {start}: give a folder {folders}")
+    net = unet.load(unet.UNet, part, dtype if rank else torch.float32)
     if rank:
         net = unet.add_lora(net, rank, config.seed)
+    if lora:
+        unet.load_lora(net, start)
     net.gradient_checkpointing = config.grad_checkpointing
     # on a CPU channels_last makes the full-size backward pass a tenth slower
     net = net.to(device, memory_format=torch.channels_last if device.type == "cuda" else None)
@@ -351,6 +362,8 @@ def load_policy(folder, device, config):
     sampler = Sampler(schedule, config.steps, config.eta)
     encoder = unet.loading("--model", folder, CLIPTextModel, folder / "text_encoder", dtype=dtype)
     encoder = encoder.to(device).requires_grad_(False)
+    fits = net.config["cross_attention_dim"] == encoder.config.hidden_size
+    require(fits, f"{start}: its UNet is made for another text encoder than {folder}'s")
     tokenizer = unet.loading("--model", folder, CLIPTokenizer, folder / "tokenizer")
     limit = encoder.config.max_position_embeddings
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit)  # absent: 1e30
@@ -551,16 +564,21 @@ def write_checkpoint(run, epoch):
             shutil.rmtree(old)
 
 
+def load_weights(net, folder):
+    """The UNet or the LoRA of a checkpoint into the network that it was trained from."""
+    if unet.lora_weights(net):
+        unet.load_lora(net, folder)
+    else:
+        net.load_state_dict(unet.load(unet.UNet, folder / "unet").state_dict())
+
+
 def read_checkpoint(run):
     """Everything back from the newest whole checkpoint -> the epochs behind it."""
-    folder, net = run.checkpoints()[-1], run.policy.unet
-    parameters, moments = run.optimizer.param_groups[0]["params"], {}
+    folder, moments = run.checkpoints()[-1], {}
+    parameters = run.optimizer.param_groups[0]["params"]
     # whatever a broken file raises
     with refusing(f"{folder} cannot be read (if broken, delete it)", Exception):
-        if run.config.lora_rank:
-            unet.load_lora(net, folder)
-        else:
-            net.load_state_dict(unet.load(unet.UNet, folder / "unet").state_dict())
+        load_weights(run.policy.unet, folder)
         for key, value in load_file(folder / "optimizer.safetensors").items():
             i, name = key.split(".")
             if value.ndim:  # not `step`: laid out in memory as the parameter is

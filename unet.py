@@ -17,6 +17,7 @@ attention after it. Results are equal to float precision.
 import json
 import math
 import os
+import re
 import reprlib
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -39,14 +40,17 @@ LORA = "pytorch_lora_weights.safetensors"
 STABLE_DIFFUSION = ["*/config.json", f"*/{WEIGHTS}", "text_encoder/model.safetensors"]
 STABLE_DIFFUSION += ["tokenizer/*", "scheduler/*", "ddpo.json"]
 
+# The command by which diffusers makes a folder of what is not read here, from a pipeline P.
+REWRITING = "from diffusers import StableDiffusionPipeline as P; {}.save_pretrained('FOLDER')"
+REWRITING = f'`python -c "{REWRITING}"`, then --model FOLDER'
+
 # The attention's projections in VAE files of 2022, SD v1.4's among them, and their names of today.
 RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 # What a config may ask for though its weights don't show it: 0, false, null or absent in SD v1.x,
-UNUSED_FIELDS = """
-center_input_sample dropout freq_shift latents_mean latents_std num_attention_heads shift_factor
-resnet_skip_time_act time_embedding_act_fn timestep_post_act upcast_attention use_linear_projection
-""".split()
+UNUSED_FIELDS = """addition_embed_type center_input_sample dropout freq_shift latents_mean
+latents_std num_attention_heads shift_factor resnet_skip_time_act time_embedding_act_fn
+timestep_post_act upcast_attention use_linear_projection""".split()
 KNOWN_FIELDS = dict.fromkeys(UNUSED_FIELDS)
 # or absent or of this value.
 KNOWN_FIELDS |= {"act_fn": "silu", "flip_sin_to_cos": True, "downsample_padding": 1}
@@ -404,17 +408,28 @@ def attends(config, way, levels):
 
 def load(cls, folder, dtype=torch.float32):
     """A `UNet` or `VAE` of `dtype` from a folder in the diffusers layout. Raises UserError."""
-    config_path, path = Path(folder) / "config.json", Path(folder) / WEIGHTS
+    config_path = Path(folder) / "config.json"
     what = f"the config of a {cls.__name__} of Stable Diffusion v1.x"
     # on meta: no memory before the weights are seen to fit
     with refusing(f"{config_path} is not {what}", UserError), torch.device("meta"):
         net = cls(read_json(config_path))
-    weights = read_tensors(path, dtype)
+    files = weight_files(Path(folder))
+    weights = {name: w for file in files for name, w in read_tensors(file, dtype).items()}
     for old, new in RENAMED.items():
         weights = {name.replace(f".{old}.", f".{new}."): w for name, w in weights.items()}
-    with refusing(f"{path} does not fit {config_path}", RuntimeError):
+    with refusing(f"{files[-1]} does not fit {config_path}", RuntimeError):
         net.load_state_dict(weights, assign=True)
     return net
+
+
+def weight_files(folder):
+    """A network's file, or its shards; of float16 where there is no other. Raises UserError."""
+    for ending in ("", "-*-of-*", ".fp16", ".fp16-*-of-*"):
+        files = sorted(folder.glob(f"{Path(WEIGHTS).stem}{ending}.safetensors"))
+        if files:
+            return files
+    way = REWRITING.format("P.from_pretrained('MODEL')")
+    raise UserError(f"{folder} holds no {WEIGHTS}; of .bin files diffusers makes it: {way}")
 
 
 def read_tensors(path, dtype):
@@ -458,8 +473,14 @@ def locate(model, flag="--model", files=STABLE_DIFFUSION):
     """The folder of a model: one on disk as it is, or `files` of a hub id. Raises UserError."""
     if os.path.isdir(model):
         return Path(model)
+    way = REWRITING.format(f"P.from_single_file('{model}')")
+    require(not os.path.isfile(model), f"{flag} {model}: a file; diffusers makes a folder: {way}")
+    fetch = partial(huggingface_hub.snapshot_download, model, etag_timeout=5)
     try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=files, etag_timeout=5))
+        folder = Path(fetch(allow_patterns=files))
+        if files is STABLE_DIFFUSION and len([*folder.glob(f"*/{WEIGHTS}")]) < 2:
+            fetch(allow_patterns="[uvt]*/*.safetensors")  # of other names
+        return folder
     except Exception as error:  # no network, no such model, no access: many types, one meaning
         gone = f"neither a folder nor to be had from the hub ({type(error).__name__})"
         way = f"where there is a network: `hf download {model} --local-dir FOLDER`"
@@ -476,6 +497,9 @@ def loading(flag, name, cls, folder, **options):
     options = {"local_files_only": True, "trust_remote_code": False, **options}
     if "dtype" in options:
         options["output_loading_info"] = True
+    files = [path.name for path in Path(folder).glob("model*.safetensors")]
+    if files and all(".fp16" in name for name in files):
+        options["variant"] = "fp16"
     refusal = f"{flag} {name}: no {cls.__name__} in it"
     try:
         loaded = cls.from_pretrained(folder, **options)
@@ -533,10 +557,23 @@ def save_lora(net, folder):
 
 
 def load_lora(net, folder):
-    """What `save_lora` wrote, into a network with a LoRA of the same rank. Raises UserError."""
-    path = Path(folder) / LORA
-    weights, own = read_tensors(path, torch.float32), lora_weights(net)
+    """A LoRA's file, diffusers' or peft's, into a LoRA of its rank; into other nets as W + B A."""
+    path, own, weights = Path(folder) / LORA, lora_weights(net), {}
+    for name, w in read_tensors(path, torch.float32).items():
+        name = name.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
+        weights["unet." + name.removeprefix("unet.")] = w
+    notes = str(safe_open(path, "pt").metadata())
+    scales = re.findall(r'"(?:unet\.)?(?:r|lora_alpha)": (\d+\.?\d*)', notes)
+    plain = len({*map(float, scales)}) < 2 and all(re.search("lora_[AB]", n) for n in weights)
+    require(plain, f"{path} is no plain LoRA, its alpha its rank: see tutorial/real_sd.md")
     given, needed = ({name: w.shape for name, w in x.items()} for x in (weights, own))
-    require(given == needed, f"{path} holds a LoRA of another network or rank")
+    other = f"{path} holds a LoRA of another network or rank; without --lora-rank it is merged"
+    require(given == needed or not own, other)
     for name, w in own.items():
         w.copy_(weights[name])
+    layers = {f"unet.{name}": w for name, w in net.state_dict().items()}
+    with refusing(f"{path} does not fit this UNet", LookupError, RuntimeError):
+        for name in [name for name in weights if ".lora_A." in name and not own]:
+            a, b = weights[name].flatten(1), weights[name.replace("_A.", "_B.")].flatten(1)
+            w = layers[name.replace(".lora_A.", ".")]
+            w += (b @ a).view_as(w)

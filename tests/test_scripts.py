@@ -3,15 +3,12 @@ judge, the experiments. Two steps each, on coloured shapes in the place of the e
 of their own.
 
 They run in this process, for torch and transformers take seconds to import, but as `python SCRIPT`
-would: as __main__, the path and the modules of the tree anew.
+would (conftest.start).
 """
 
 import json
 import re
-import runpy
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -28,44 +25,6 @@ def art(tmp_path_factory):
     folder = tmp_path_factory.mktemp("art") / ".data"
     write_art(folder)
     return folder
-
-
-def is_ours(path):
-    """Does a file or folder lie in the tree?"""
-    return bool(path) and Path(path).resolve().is_relative_to(ROOT)
-
-
-def our_modules():
-    """The modules of the tree that are loaded, but for pytest's."""
-    loaded = list(sys.modules.items())
-    ours = {name: module for name, module in loaded if is_ours(getattr(module, "__file__", None))}
-    ours.pop("conftest", None)
-    return ours
-
-
-@pytest.fixture
-def start(monkeypatch, capsys):
-    """start("a/script.py", *arguments) -> its exit status, what it printed."""
-
-    def run(script, *arguments):
-        path, before = ROOT / script, our_modules()
-        elsewhere = [folder for folder in sys.path if not is_ours(folder or ".")]
-        monkeypatch.setattr(sys, "path", [str(path.parent), *elsewhere])
-        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
-        status = 0
-        try:
-            for name in before:
-                del sys.modules[name]
-            runpy.run_path(str(path), run_name="__main__")
-        except SystemExit as stop:
-            status = stop.code or 0
-        finally:
-            for name in our_modules():
-                del sys.modules[name]
-            sys.modules.update(before)
-        return status, capsys.readouterr().out
-
-    return run
 
 
 def files_of(zoo):

@@ -59,6 +59,8 @@ def small_model():
         "out_channels": 3,
         "latent_channels": 4,
         "block_out_channels": [8, 8, 8],
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3,
         "layers_per_block": 1,
         "norm_num_groups": 4,
         "scaling_factor": 1.0,

@@ -554,7 +554,7 @@ NOT_A_CONFIG = f"{CONFIG} is not the config of a UNet"
 FAULTS = {  # what is done to the folder, and what the message must say, the file above all
     "no folder": (shutil.rmtree, f"{NO_CONFIG}: .*No such file"),
     "no config": (remove(CONFIG), f"{NO_CONFIG}: .*No such file"),
-    "no weights": (remove(WEIGHTS), f"{NO_WEIGHTS}: .*No such file"),
+    "no weights": (remove(WEIGHTS), f"holds no {WEIGHTS}; of .bin files diffusers makes it"),
     "a folder for a config": (folder_for(CONFIG), f"{NO_CONFIG}: .*Is a directory"),
     "a folder for weights": (folder_for(WEIGHTS), f"{NO_WEIGHTS}: .*Is a directory"),
     "config is not JSON": (put(CONFIG, b"{not json"), NO_CONFIG),
@@ -686,9 +686,9 @@ NO_UNET = [  # a field of a UNet's config, what it may not be, and what the mess
     *[("sample_size", value, "sample_size = ") for value in (GONE, None, [8, 8], True, 0, -8)],
     *[("sample_size", value, "sample_size = ") for value in (8.0, "8", math.nan, 10**9, 513)],
     ("sample_size", 9, "sample_size = 9 must be a multiple of 2"),
-    ("in_channels", 9, r"in_channels = 9; only 4 \(9: an inpainting UNet\)"),
-    *[("in_channels", value, "in_channels = .*only 4") for value in (None, 3, [4], "4", 10**9)],
-    *[("out_channels", value, "out_channels = .*only 4") for value in (None, 8, 10**9)],
+    ("in_channels", 9, r"in_channels = 9; needed: 4: this is an inpainting model, which"),
+    *[("in_channels", value, "in_channels = .*needed: 4") for value in (None, 3, [4], "4", 10**9)],
+    *[("out_channels", value, "out_channels = .*needed: 4") for value in (None, 8, 10**9)],
     *[("layers_per_block", value, "layers_per_block = ") for value in (GONE, None, [1, 1], 1.0)],
     *[("layers_per_block", value, "layers_per_block = ") for value in (True, "1", 0, -1, 10**9)],
     *[("block_out_channels", value, "block_out_channels = ") for value in (GONE, None, 8, "8")],
@@ -713,30 +713,30 @@ NO_UNET = [  # a field of a UNet's config, what it may not be, and what the mess
     *[("attention_head_dim", value, "attention_head_dim = ") for value in (2.0, "2", True, -2)],
     *[("cross_attention_dim", value, "cross_attention_dim = ") for value in (GONE, None, 0, "12")],
     *[("cross_attention_dim", value, "cross_attention_dim = ") for value in ([12], 12.0, 10**9)],
-    ("timestep_post_act", "silu", "timestep_post_act = 'silu'; SD v1.x has none"),
-    ("time_embedding_act_fn", "silu", "time_embedding_act_fn = 'silu'; SD v1.x has none"),
-    ("num_attention_heads", 2, "num_attention_heads = 2; SD v1.x has none"),
-    ("dropout", 0.1, "dropout = 0.1; SD v1.x has none"),
-    ("resnet_skip_time_act", True, "resnet_skip_time_act = True; SD v1.x has none"),
-    ("use_linear_projection", True, "use_linear_projection = True; SD v1.x has none"),
-    ("act_fn", "gelu", "act_fn = 'gelu'; only silu"),
-    ("flip_sin_to_cos", False, "flip_sin_to_cos = False; only True"),
-    ("resnet_out_scale_factor", 2.0, "resnet_out_scale_factor = 2.0; only 1"),
-    ("act_fn", "x" * 10**6, "act_fn = 'x.*; only silu"),
+    ("timestep_post_act", "silu", "timestep_post_act = 'silu'; needed: false or null"),
+    ("time_embedding_act_fn", "silu", "time_embedding_act_fn = 'silu'; needed: false or null"),
+    ("num_attention_heads", 2, "num_attention_heads = 2; needed: false or null"),
+    ("dropout", 0.1, "dropout = 0.1; needed: false or null"),
+    ("resnet_skip_time_act", True, "resnet_skip_time_act = True; needed: false or null"),
+    ("use_linear_projection", True, "use_linear_projection = True; needed: false or null"),
+    ("act_fn", "gelu", "act_fn = 'gelu'; needed: silu"),
+    ("flip_sin_to_cos", False, "flip_sin_to_cos = False; needed: True"),
+    ("resnet_out_scale_factor", 2.0, "resnet_out_scale_factor = 2.0; needed: 1"),
+    ("act_fn", "x" * 10**6, "act_fn = 'x.*; needed: silu"),
 ]
 NO_VAE = [
-    ("latent_channels", 16, "latent_channels = 16; only 4"),
-    *[("latent_channels", value, "latent_channels = .*only 4") for value in (None, [4], 10**9)],
-    *[("in_channels", value, "in_channels = .*only 3") for value in (None, 1, 4)],
-    *[("out_channels", value, "out_channels = .*only 3") for value in (None, 1, 4)],
+    ("latent_channels", 16, "latent_channels = 16; needed: 4"),
+    *[("latent_channels", value, "latent_channels = .*needed: 4") for value in (None, [4], 10**9)],
+    *[("in_channels", value, "in_channels = .*needed: 3") for value in (None, 1, 4)],
+    *[("out_channels", value, "out_channels = .*needed: 3") for value in (None, 1, 4)],
     *[("block_out_channels", value, "block_out_channels = ") for value in (GONE, None, 8, [])],
     *[("block_out_channels", value, "block_out_channels = ") for value in ([8, 10], [8, 10**9])],
     *[("layers_per_block", value, "layers_per_block = ") for value in (GONE, None, 0, 1.0, 10**9)],
     *[("norm_num_groups", value, "norm_num_groups = ") for value in (None, 0, [4], 3)],
     *[("scaling_factor", value, "scaling_factor = ") for value in (None, 0, -1.0, True, "0.18215")],
     *[("scaling_factor", value, "scaling_factor = ") for value in (math.nan, math.inf, 10**400)],
-    ("shift_factor", 0.1, "shift_factor = 0.1; SD v1.x has none"),
-    ("latents_mean", [0.1], r"latents_mean = \[0.1\]; SD v1.x has none"),
+    ("shift_factor", 0.1, "shift_factor = 0.1; needed: false or null"),
+    ("latents_mean", [0.1], r"latents_mean = \[0.1\]; needed: false or null"),
 ]
 
 
@@ -965,38 +965,39 @@ def test_what_transformers_reads_must_be_numbers(number, zoo, tmp_path):
     assert_refused(rf"^--model mine: .*{name[-20:]} holds NaN or infinity", call)
 
 
+HUB = """
+unet/config.json unet/diffusion_pytorch_model.bin unet/diffusion_pytorch_model.fp16.safetensors
+vae/config.json vae/diffusion_pytorch_model.fp16.safetensors text_encoder/config.json
+text_encoder/model.safetensors text_encoder/pytorch_model.bin tokenizer/vocab.json
+tokenizer/merges.txt scheduler/scheduler_config.json safety_checker/model.safetensors
+safety_checker/model.fp16.safetensors sd-v1-4.ckpt ddpo.json
+""".split()
+WHOLE = [f"{part}/{unet.WEIGHTS}" for part in ("unet", "vae")]
+LEFT = {path for path in HUB if "safety" in path or path.endswith((".bin", ".ckpt"))}
+
+
+@pytest.mark.parametrize("whole", [True, False])
 def test_locate_takes_a_folder_as_it_is_and_asks_the_hub_for_what_a_model_needs(
-    tmp_path, monkeypatch
+    whole, tmp_path, monkeypatch
 ):
+    """Half precision too where there is nothing else; the text encoder's is there then."""
     assert unet.locate(str(tmp_path)) == tmp_path
+    cache, left = tmp_path / "cache", LEFT
 
     def snapshot_download(model, allow_patterns, etag_timeout):
-        files = [
-            "unet/config.json",
-            "unet/diffusion_pytorch_model.safetensors",
-            "unet/diffusion_pytorch_model.bin",
-            "unet/diffusion_pytorch_model.fp16.safetensors",
-            "vae/config.json",
-            "vae/diffusion_pytorch_model.safetensors",
-            "text_encoder/config.json",
-            "text_encoder/model.safetensors",
-            "text_encoder/pytorch_model.bin",
-            "tokenizer/vocab.json",
-            "tokenizer/merges.txt",
-            "scheduler/scheduler_config.json",
-            "safety_checker/model.safetensors",
-            "sd-v1-4.ckpt",
-            "ddpo.json",
-        ]
-        taken = filter_repo_objects(files, allow_patterns=allow_patterns)
-        left = {"unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"}
-        left |= {"unet/diffusion_pytorch_model.fp16.safetensors", "sd-v1-4.ckpt"}
-        assert set(files) - set(taken) == left | {"safety_checker/model.safetensors"}
         assert model == "owner/name" and etag_timeout <= 10
-        return str(tmp_path / "cache")
+        files = HUB + (WHOLE if whole else [])
+        for name in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (cache / name).parent.mkdir(parents=True, exist_ok=True)
+            (cache / name).touch()
+        return str(cache)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert unet.locate("owner/name") == tmp_path / "cache"
+    assert unet.locate("owner/name") == cache
+    taken = {path.relative_to(cache).as_posix() for path in cache.glob("**/*") if path.is_file()}
+    if whole:
+        left = left | {path for path in HUB if ".fp16." in path}
+    assert {*HUB, *(WHOLE if whole else [])} - taken == left
 
 
 @pytest.mark.parametrize("model", ["owner/name", "no such folder", "", "a" * 5000, "nul\0"])
