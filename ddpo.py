@@ -403,10 +403,7 @@ class DDPO(Algorithm):
         return normalize_advantages(rewards, mean, std, self.advantage_limit)
 
     def batches(self, policy, records, prompts, weights, name):
-        """Whole trajectories with all their timesteps, each once -> yields Pairs.
-
-        In the order of sampling, which is random already.
-        """
+        """Whole trajectories with all their timesteps, each once, as sampled -> yields Pairs."""
         trajectories = Trajectories.cat(records)
         records.clear()  # or they would be held twice: 0.9 GB of SD v1.4
         advantages = share(weights).to(policy.device)

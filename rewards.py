@@ -118,16 +118,13 @@ class AestheticHead(nn.Module):
 
 
 def load_head(name):
-    """An `AestheticHead` from a file, a folder or a hub id. Raises UserError.
-
-    safetensors, or LAION's pickle, of which only the tensors are read.
-    """
+    """An `AestheticHead` from a file, a folder or a hub id. Raises UserError."""
     path = Path(name)
     if not path.is_file():
         folder = locate(name, "--aesthetic-head", ["model.safetensors", "aesthetic-model.pth"])
         path = next(folder.glob("model.safetensors"), folder / "aesthetic-model.pth")
     what = "LAION's predictor (layers.0 .2 .4 .6 .7, weight and bias)"
-    # a file of another kind may raise anything; nothing in it is run
+    # a file of another kind may raise anything; of LAION's pickle only the tensors are read
     with refusing(f"--aesthetic-head {path} is not {what}", Exception):
         if path.suffix == ".safetensors":
             weights = load_file(path)

@@ -523,12 +523,10 @@ def evaluate(run, epoch):
     write_json(path.with_suffix(".json"), {**record, "shown": shown})
     base = np.array(read_json(path.with_name("epoch_0000.json"))["rewards"])
     gain = scores["reward"] - base
-    metrics = {
-        "eval_queries": epoch * run.config.samples_per_epoch,
-        "eval_diversity": diverse,
-        "eval_gain_sd": gain.mean() / max(base.std(), 1e-12),  # in the base model's deviations
-        "eval_gain_t": gain.mean() / max(gain.std(ddof=1) / len(gain) ** 0.5, 1e-12),  # paired
-    }
+    error = gain.std(ddof=1) / len(gain) ** 0.5  # of the mean; the pictures are paired
+    metrics = {"eval_queries": epoch * run.config.samples_per_epoch, "eval_diversity": diverse}
+    metrics["eval_gain_sd"] = gain.mean() / max(base.std(), 1e-12)  # in the base's deviations
+    metrics["eval_gain_t"] = gain.mean() / max(error, 1e-12)
     for name, values in scores.items():
         metrics[f"eval_{name}_mean"] = values.mean()
         metrics[f"eval_{name}_std"] = values.std()
