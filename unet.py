@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from scheduler import UserError, number, one_line, read_json, refusing, require, with_fields
+from scheduler import UserError, number, read_json, refusing, require, with_fields
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
@@ -476,15 +476,13 @@ def locate(model, flag="--model", files=STABLE_DIFFUSION):
     way = REWRITING.format(f"P.from_single_file('{model}')")
     require(not os.path.isfile(model), f"{flag} {model}: a file; diffusers makes a folder: {way}")
     fetch = partial(huggingface_hub.snapshot_download, model, etag_timeout=5)
-    try:
+    way = f"where there is a network: `hf download {model} --local-dir FOLDER`, then {flag} FOLDER"
+    gone = f"{flag} {model}: neither a folder nor to be had from the hub; {way}"
+    with refusing(gone, Exception):  # no network, no such model, no access: many types, one meaning
         folder = Path(fetch(allow_patterns=files))
         if files is STABLE_DIFFUSION and len([*folder.glob(f"*/{WEIGHTS}")]) < 2:
             fetch(allow_patterns="[uvt]*/*.safetensors")  # of other names
         return folder
-    except Exception as error:  # no network, no such model, no access: many types, one meaning
-        gone = f"neither a folder nor to be had from the hub ({type(error).__name__})"
-        way = f"where there is a network: `hf download {model} --local-dir FOLDER`"
-        raise UserError(f"{flag} {model}: {gone}; {way}, then {flag} FOLDER") from None
 
 
 def loading(flag, name, cls, folder, **options):
@@ -501,10 +499,8 @@ def loading(flag, name, cls, folder, **options):
     if files and all(".fp16" in name for name in files):
         options["variant"] = "fp16"
     refusal = f"{flag} {name}: no {cls.__name__} in it"
-    try:
+    with refusing(refusal, Exception):
         loaded = cls.from_pretrained(folder, **options)
-    except Exception as error:
-        raise UserError(f"{refusal} ({type(error).__name__}: {one_line(error)[:160]})") from None
     if "dtype" not in options:
         require(getattr(loaded, "vocab_size", math.inf) > 9, f"{refusal}: its vocabulary is empty")
         return loaded
