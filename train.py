@@ -416,9 +416,8 @@ def set_own(algorithm, texts):
     known = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
     for text in texts or []:
         name, _, value = text.partition("=")
-        with refusing(
-            f"--set {text}: {cls.__name__} knows {known or 'none'}", KeyError, ValueError
-        ):
+        line = f"--set {text}: {cls.__name__} knows {known or 'none'}"
+        with refusing(line, KeyError, ValueError):
             setattr(algorithm, name, kinds[name](value))
 
 

@@ -176,6 +176,25 @@ def test_a_run_that_was_moved_goes_on_with_the_prompts_and_rewards_that_it_had(t
             assert name.startswith("seconds") or one[name] == other[name]
 
 
+def test_a_run_of_a_renamed_clone_goes_on_and_model_paths_may_be_given_anew(tmp_path):
+    """config.json keeps ../clip as the model's ddpo.json has it: seen from the model's folder."""
+    one, two, zoo = tmp_path / "one", tmp_path / "two", train.ZOO.parent
+    shutil.copytree(small_model(), one / "model")
+    (one / "clip").symlink_to(zoo / "clip")
+    own = json.loads((one / "model" / "ddpo.json").read_text())
+    own["all"]["clip"] = "../clip"
+    (one / "model" / "ddpo.json").write_text(json.dumps(own))
+    run(one / "run", "--model", str(one / "model"), "--epochs", "1")
+    one.rename(two)
+    model = ["--model", str(two / "model")]
+    resume(two / "run", *model, "--epochs", "2")
+    assert json.loads((two / "run" / "config.json").read_text())["clip"] == "../clip"
+    anew = {"clip": "clip", "aesthetic-head": "aesthetic", "vlm": "llava", "bert": "bert"}
+    options = [f"--{name}={zoo / folder}" for name, folder in anew.items()]
+    resume(two / "run", *model, *options, "--epochs", "3")
+    assert all(0 < line["diversity"] < 1 for line in metrics(two / "run"))
+
+
 def test_another_function_of_a_users_file_is_another_reward(tmp_path):
     """Only the folder of the file may change."""
     path = tmp_path / "mine.py"
