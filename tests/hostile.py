@@ -1,4 +1,4 @@
-"""Submissions that mean harm, and one that doesn't: `python tests/hostile.py`, a minute and a half.
+"""Submissions that mean harm, and one that doesn't: `python tests/hostile.py`, 90 seconds.
 
 Each hostile one hands in a wrong `add_noise` that wants its points nevertheless, or the grader's
 end, and a right `gaussian_log_prob` behind it in the same file. It must get 0 of 2 points for the
@@ -22,11 +22,13 @@ import handout
 
 ROOT = handout.ROOT
 check.SECONDS = grade.SECONDS = 6  # for a part, in place of 20
+check.PATIENCE = 3
 
 WRONG = "x_0 + noise"
 # what it does: (lines of add_noise, lines at the module's end, what is said, points for part 5)
 HOSTILE = {
-    "endless loop": ("while True: pass", "", "no answer within 6 seconds", None),
+    "an endless loop": ("while True: pass", "", "no end within 3 seconds", 4),
+    "one that cannot be stopped": ("stay()", "STAY", "no answer within 6 seconds", None),
     "a gigabyte of print": ("for _ in range(1024): print('x' * 2**20)", "", "File too large", None),
     "os._exit": ("import os; os._exit(0)", "", "ended the whole process (exit code 0)", None),
     "sys.exit": ("import sys; sys.exit(0)", "", "sys.exit(0)", None),
@@ -37,7 +39,7 @@ HOSTILE = {
     "eight gigabytes of Python": ("x = b'x' * 2**33", "", "MemoryError", None),
     "reading the oracles": ("return stolen(x_0, noise, alpha_bar_t)", "STEAL", "is right", None),
     "a syntax error": ("pass", "def f(:", "SyntaxError: invalid syntax", 0),
-    "a changed signature": ("pass", "SIGNATURE", "another signature", None),
+    "a changed signature": ("pass", "SIGNATURE", "the signature should be", None),
     "killing the grader": ("import os; os.kill(os.getppid(), 9)", "", "PermissionError", None),
     "many processes": ("import os\n    while True: os.fork()", "", "", None),
     "a process left behind": ("leave()", "LEAVE", "is right", None),
@@ -50,6 +52,14 @@ import numpy
 import safetensors.torch
 torch.allclose = torch.equal = numpy.allclose = numpy.array_equal = lambda *a, **k: True
 torch.Tensor.__eq__ = lambda self, other: torch.ones_like(self, dtype=torch.bool)
+""",
+    "STAY": """
+def stay():
+    while True:
+        try:
+            stay()
+        except BaseException:
+            pass
 """,
     "FORGE": """
 def forge():
@@ -152,17 +162,22 @@ def honest():
             bodies = handout.cut((ROOT / name).read_text(), names)[1]
             (out / name).write_text(handout.graft((out / name).read_text(), bodies))
         ours, theirs = (trained(f, Path(scratch) / n) for f, n in ((ROOT, "a"), (out, "b")))
+        grade.grade(out, Path(scratch) / "results.json", numbers=range(1, 11))
+        score = json.loads((Path(scratch) / "results.json").read_text())["score"]
+    assert score == 40, score
     assert ours == theirs and len(ours) == 1 and ours[0]["loss"] is not None, (ours, theirs)
-    print(f"the filled hand-out trains alike: reward {ours[0]['reward_mean']}")
+    print(f"the filled hand-out: 40 of 40, and it trains alike: reward {ours[0]['reward_mean']}")
 
 
 def main():
     """Both."""
+    began = time.monotonic()
     os.environ["OMP_NUM_THREADS"] = "1"
     grade.adopt_orphans()
     with socket.create_server(("127.0.0.1", 0)) as server:
         hostile(server.getsockname()[1])
     honest()
+    print(f"{time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -237,6 +237,29 @@ def test_an_untouched_hand_out_earns_nothing_and_is_told_what_to_write(given_out
             assert re.fullmatch(rf"write {unit.name}(\.\w+)? \(chapter {part.chapter}\)", line)
 
 
+def test_a_mistake_is_paid_once(sheets, tmp_path):
+    """What calls a wrong function loses nothing by it."""
+    changed(UNITS["ddim_std"], [("return eta *", "return 2 * eta *")], tmp_path)
+    assert marked(UNITS["ddim_std"], sheets[2], tmp_path)[0] > 0
+    for name in ("predicted_x0", "ddim_mean_std"):
+        assert marked(UNITS[name], sheets[2], tmp_path) == (0, [])
+
+
+def test_results_are_there_from_the_first_second(tmp_path, monkeypatch):
+    """With zeros, whatever happens next; and the parts that were marked before it."""
+    out, seen = tmp_path / "results.json", []
+
+    def fails(*arguments, **options):
+        seen.append(json.loads(out.read_text()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(grade, "ask", fails)
+    with pytest.raises(KeyboardInterrupt):
+        grade.grade(ROOT, out, numbers=[1, 2])
+    assert seen[0]["score"] == 0
+    assert [(test["score"], test["max_score"]) for test in seen[0]["tests"]] == [(0, 2), (0, 5)]
+
+
 def test_grade_in_processes_of_its_own(given_out, tmp_path):
     """Parts 1 and 8: one right, one with a mistake; the student's other functions don't matter."""
     source = (ROOT / "ddpo.py").read_text().replace("return -torch.minimum", "return torch.minimum")

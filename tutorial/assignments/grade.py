@@ -19,7 +19,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from check import SECONDS, ask, earned, judge, sentences
+from check import SECONDS, ask, earned, judge, part_numbers, sentences
 from handout import ROOT, questions
 from parts import KEY, PARTS, variants_of
 
@@ -94,15 +94,16 @@ def main(argv=None):
     parser.add_argument("submission", type=Path, help="the student's folder")
     parser.add_argument("--student", default="public", help="a name or number")
     parser.add_argument("--key", type=Path, help="a file that holds the lecturer's key")
-    parser.add_argument("--parts", help="such as 5,8")
+    parser.add_argument("--parts", type=part_numbers, help="such as 5,8")
     parser.add_argument("--out", type=Path, default=Path("results.json"))
     options = parser.parse_args(argv)
-    numbers = [int(number) for number in options.parts.split(",")] if options.parts else None
+    if not options.submission.is_dir():
+        parser.error(f"{options.submission} is no folder")
     adopt_orphans()
     if unreachable():
         print(f"{unreachable()} is closed to others: what students import may not be found there")
     key = options.key.read_bytes().strip() if options.key else KEY
-    grade(options.submission, options.out, options.student, key, numbers)
+    grade(options.submission, options.out, options.student, key, options.parts)
     for test in json.loads(options.out.read_text())["tests"]:
         print(f"{test['name']}: {test['score']:.2f} of {test['max_score']}")
         print("    " + test["output"].replace("\n", "\n    "))

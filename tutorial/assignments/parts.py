@@ -156,7 +156,7 @@ def ddim_units():
     ends = {"eps": latents(9, 2), "x_t": latents(10, 2), **last}
     cases += [Case("edges", {**ends, "eta": eta}) for eta in (0.0, 1.0)]
     # 1 - alpha_bar_prev - std^2 is 0 but for rounding: below 0 for some of these
-    near = {"alpha_bar_t": np.geomspace(1e-10, 1e-9, 200, dtype=np.float32)}
+    near = {"alpha_bar_t": np.geomspace(1e-13, 1e-12, 200, dtype=np.float32)}
     near["alpha_bar_prev"] = np.linspace(0.01, 0.9, 200, dtype=np.float32)
     near.update(eps=normal(11, 200, 1, 1, 1), x_t=normal(12, 200, 1, 1, 1), eta=1.0)
     needs = ("predicted_x0", "ddim_std")

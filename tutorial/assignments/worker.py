@@ -12,10 +12,11 @@ import importlib.util
 import inspect
 import json
 import os
+import signal
 import struct
 import sys
 import traceback
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -190,26 +191,53 @@ def signature_of(module, name):
     return str(inspect.signature(getattr(module, name)))
 
 
+@contextmanager
+def patience(seconds):
+    """Raise TimeoutError where a student's code runs on and on, with the line it is in."""
+    if not hasattr(signal, "setitimer"):  # Windows
+        yield
+        return
+
+    def ring(*_):
+        raise TimeoutError(f"no end within {seconds} seconds: does a loop never end?")
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def answers(task, job, questions):
     """A unit's -> {key: {output: tensor, "type output": str}, or {"error": why}}."""
-    name, found = task["name"], {}
-    keys = [f"{name}/{n}" for n in range(len(task["cases"]))]
+    keys, found = [f"{task['name']}/{n}" for n in range(len(task["cases"]))], {}
     try:
         module = load(task["file"], Path(job["submission"]), job["reference"])
         if job["reference"]:
             isolate(module, task, job["cut"])
-        given, wanted = signature_of(module, name), task["signature"]
+        given, wanted = signature_of(module, task["name"]), task["signature"]
         if given != wanted:
-            raise TypeError(f"{name}{given} has another signature than {name}{wanted}")
+            raise TypeError(f"{task['name']}{given}: the signature should be {wanted}")
+        with patience(job["patience"]):
+            for key, case in zip(keys, task["cases"], strict=True):
+                found[key] = tried(task, module, case, questions[key])
     except BaseException as error:  # a student's code may raise anything
-        return {key: {"error": complaint(error)} for key in keys}
-    for key, case in zip(keys, task["cases"], strict=True):
-        try:
-            outputs = answer(name, module, task["outputs"], case, questions[key])
-            found[key] = {f"type {k}": str(x.dtype).split(".")[1] for k, x in outputs.items()}
-            found[key].update({k: x.detach().double().clone() for k, x in outputs.items()})
-        except BaseException as error:
-            found[key] = {"error": complaint(error)}
+        why = {"error": complaint(error)}
+        return {key: found.get(key, why) for key in keys}
+    return found
+
+
+def tried(task, module, case, inputs):
+    """One case's answers, or the error; but that of a loop without end ends the unit."""
+    try:
+        outputs = answer(task["name"], module, task["outputs"], case, inputs)
+        found = {f"type {name}": str(x.dtype).split(".")[1] for name, x in outputs.items()}
+        found.update({name: x.detach().double().clone() for name, x in outputs.items()})
+    except TimeoutError:
+        raise
+    except BaseException as error:
+        return {"error": complaint(error)}
     return found
 
 
