@@ -64,7 +64,7 @@ NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
 FIRST_CELL = f"""\
-!git clone --depth 1 {REPOSITORY} ddpo
+!git clone -q --depth 1 {REPOSITORY} ddpo
 %cd ddpo
 !grep -v torch requirements.txt > /tmp/requirements.txt && pip install -q -r /tmp/requirements.txt
 import sys
