@@ -73,7 +73,7 @@ import torch
 import transformers
 from IPython.display import Image
 
-sys.path.append("tutorial")
+sys.path += ["tutorial", "tutorial/zoo"]
 print(sys.version, torch.__version__, transformers.__version__)"""
 
 
