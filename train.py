@@ -120,7 +120,7 @@ class Config:
     algorithm: str = setting("ddpo-is", f"{', '.join(ALGORITHMS)}, or file.py:Class", "user")
     set: list = setting(None, "name=value, of the algorithm's own; may be repeated", "user")
     model: str = setting("auto", "auto, zoo, a hub id, or a diffusers folder", "user free")
-    unet: str = setting(None, "start from a checkpoint, a tuned UNet or a LoRA", "user free")
+    unet: str = setting(None, "start from a UNet or LoRA (merged without --lora-rank)", "user free")
     prompts: str = setting("imagenet-animals", "a named set, or a text or .jsonl file, a line each")
 
     epochs: int = setting(50, "rounds of sampling and training", "free")

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -16,7 +16,14 @@ import unet
 from conftest import ROOT
 from helpers import normal
 from test_scale import awaken
-from test_train import run, small_model
+from test_train import no_curve, run, small_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_curves():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw_curve", no_curve)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +49,8 @@ def snippets():
 def test_diffusers_takes_the_zoo_and_what_was_trained_as_the_page_says(home, monkeypatch):
     """No dtype is given anywhere; the pictures differ as the networks do."""
     monkeypatch.chdir(home)
+    drawn = StableDiffusionPipeline.from_pretrained("tutorial/zoo/stable-diffusion")("a cat")
+    assert drawn.images[0].size == (64, 64)
     exec(snippets()[0], {})
     base, *others = (np.asarray(Image.open(f"{name}.png")) for name in ("base", "tuned", "lora"))
     for picture in others:

@@ -25,9 +25,25 @@ from conftest import ROOT
 from helpers import CPU, SD
 from scheduler import NoiseSchedule, Sampler
 from test_scale import config
-from test_train import equal, metrics, refusal, resume, run, small_model, without_seconds
+from test_train import (
+    equal,
+    metrics,
+    no_curve,
+    refusal,
+    resume,
+    run,
+    small_model,
+    without_seconds,
+)
 
 PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_curves():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw_curve", no_curve)
+        yield
 
 
 def policy_of(folder, **changes):
