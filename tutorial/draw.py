@@ -36,7 +36,7 @@ def parse():
         "source", type=Path, help="a run's folder; or zoo, a model's folder, hub id"
     )
     parser.add_argument("prompts", nargs="*")
-    parser.add_argument("--checkpoint", type=int, metavar="N", help="that after N epochs [newest]")
+    parser.add_argument("--checkpoint", type=int, metavar="N", help="of epoch N [the newest]")
     parser.add_argument("--gif", action="store_true", help="a frame an epoch, or a checkpoint")
     parser.add_argument("--pictures", type=int, default=4, metavar="N", help="of each prompt [4]")
     parser.add_argument("--model", help="where the run's model lies now, if it was moved")
@@ -102,7 +102,7 @@ def fixed_pictures(run):
     frames = []
     for path in sorted((run / "samples").glob("epoch_*.png")):
         record = read_json(path.with_suffix(".json"))
-        title = f"after {record['epoch']} epochs: reward {np.mean(record['rewards']):.3f}"
+        title = f"epoch {record['epoch']}: reward {np.mean(record['rewards']):.3f}"
         grid = np.asarray(Image.open(path).convert("RGB"))
         frames.append(np.vstack([words(title, grid.shape[1]), grid]))
     require(frames, f"--gif: {run} holds no samples/epoch_*.png, as a run does")
@@ -139,7 +139,7 @@ def main(given):
     for epoch, folder in chosen.items():
         train.load_weights(policy.unet, folder)
         drawn = draw(policy, config, prompts, given.pictures)
-        frames.append(column(f"after {epoch} epochs", prompts, drawn))
+        frames.append(column(f"epoch {epoch}", prompts, drawn))
     if given.gif:
         return write(given.out or home / "drawn.gif", frames)
     gap = np.full((len(frames[0]), GAP, 3), 255, np.uint8)
