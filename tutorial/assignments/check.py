@@ -160,9 +160,9 @@ def received(submission, folder):
     return folder
 
 
-def run(scratch, seconds, quiet):
-    """worker.py in a process group of its own -> how it ended, for whoever gave no answer."""
-    command = [sys.executable, "-I", str(HERE / "worker.py"), str(scratch)]
+def run(scratch, seconds, quiet, program="worker.py"):
+    """It runs in a process group of its own -> how it ended, for whoever gave no answer."""
+    command = [sys.executable, "-I", str(HERE / program), str(scratch)]
     kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}
     environment = {**kept, "TMPDIR": str(scratch), "HOME": str(scratch)}
     environment.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
@@ -179,7 +179,7 @@ def run(scratch, seconds, quiet):
             end(worker, before)
     if not (scratch / "ready").exists():
         text = (scratch / "said.txt").read_text(errors="replace")
-        raise RuntimeError(f"worker.py did not start: {text[-2000:]}")
+        raise RuntimeError(f"{program} did not start: {text[-2000:]}")
     if not in_time:
         return f"no answer within {seconds} seconds: does a loop never end?"
     code = worker.returncode

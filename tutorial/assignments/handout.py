@@ -26,7 +26,7 @@ MODULES = ("scheduler.py", "ddpo.py", "rewards.py", "unet.py", "train.py")
 COPIED = ("requirements.txt", "LICENSE", ".gitignore", "tutorial/prompts", "tutorial/figures")
 SCRIPTS = ("lab.py", "redness.py", "zoo/data.py", "zoo/judge.py", "zoo/raters.py")
 QUOTE = re.compile(r"(<!-- quote \w+\.([\w.]+) -->\n```python\n)(.*?)(\n```\n)", re.DOTALL)
-OURS = ("README.md", "check.py", "parts.py", "worker.py")
+OURS = ("README.md", "check.py", "parts.py", "worker.py", "trial.py", "questions.py")
 
 
 def functions(source):
