@@ -177,14 +177,21 @@ def test_a_run_that_was_moved_goes_on_with_the_prompts_and_rewards_that_it_had(t
 
 
 def test_a_run_of_a_renamed_clone_goes_on_and_model_paths_may_be_given_anew(tmp_path):
-    """config.json keeps ../clip as the model's ddpo.json has it: seen from the model's folder."""
+    """config.json keeps ../clip as the model's ddpo.json has it: seen from the model's folder.
+
+    And prompts.json the prompts, whatever their file says now.
+    """
     one, two, zoo = tmp_path / "one", tmp_path / "two", train.ZOO.parent
     shutil.copytree(small_model(), one / "model")
     (one / "clip").symlink_to(zoo / "clip")
     own = json.loads((one / "model" / "ddpo.json").read_text())
     own["all"]["clip"] = "../clip"
     (one / "model" / "ddpo.json").write_text(json.dumps(own))
-    run(one / "run", "--model", str(one / "model"), "--epochs", "1")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na bee\n")
+    given = ["--model", str(one / "model"), "--prompts", str(prompts), "--epochs", "1"]
+    run(one / "run", *given)
+    prompts.write_text("a fox\n")
     one.rename(two)
     model = ["--model", str(two / "model")]
     resume(two / "run", *model, "--epochs", "2")
@@ -192,6 +199,8 @@ def test_a_run_of_a_renamed_clone_goes_on_and_model_paths_may_be_given_anew(tmp_
     others = [f"--{name}=not-needed" for name in ("aesthetic-head", "vlm", "bert")]
     resume(two / "run", *model, f"--clip={zoo / 'clip'}", *others, "--epochs", "3")
     assert all(0 < line["diversity"] < 1 for line in metrics(two / "run"))
+    last = json.loads((two / "run" / "samples" / "epoch_0003.json").read_text())
+    assert last["prompts"] == ["a cat", "a bee"] * 2
 
 
 def test_another_function_of_a_users_file_is_another_reward(tmp_path):
