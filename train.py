@@ -13,6 +13,7 @@ steps move every weight by all of lr.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -40,6 +41,8 @@ HERE = Path(__file__).parent
 ZOO = HERE / "tutorial" / "zoo" / "stable-diffusion"
 PROMPT_SETS = HERE / "tutorial" / "prompts"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FITTED = ("precision", "grad_checkpointing", "micro_batch", "sample_batch")  # to memory:
+WAYS = ((False, 8), (False, 4), (True, 8), (True, 4), (True, 2), (True, 1))  # fast ones first
 EVALUATION = 2**31  # stands for the epoch in the names of the fixed evaluation noises
 
 
@@ -71,7 +74,7 @@ def roll_out(run, prompts, epoch, record):
     names = [(c.seed, epoch, i) for i in share(range(len(prompts)))]
     batches = run.policy.sample(share(prompts), names, c.sample_batch)
     total = math.ceil(len(names) / c.sample_batch)
-    for trajectories, drawn in progress(batches, "sampling", total):
+    for trajectories, drawn in progress(batches, f"sampling{run.left}", total):
         records.append(record(trajectories))
         images.append(drawn)
     return records, np.concatenate(images)
@@ -97,7 +100,7 @@ def train_epoch(run, records, prompts, weights, epoch):
         optimizer.state.clear()
         before = 0  # Adam's first steps again
     batches = algorithm.batches(run.policy, records, prompts, weights, name)
-    for n, batch in enumerate(progress(batches, "training", c.updates), before + 1):
+    for n, batch in enumerate(progress(batches, f"training{run.left}", c.updates), before + 1):
         optimizer.param_groups[0]["lr"] = c.lr * min(1, n / (c.warmup + 1))
         updates.append(ddpo.optimizer_step(run.policy, algorithm, optimizer, batch, *limits))
     optimizer.zero_grad()  # room for sampling: 3.4 GB of SD v1.4
@@ -218,8 +221,8 @@ def model_settings(folder, given):
     return own
 
 
-def merge(given, folder, algorithm):
-    """The command line over the model's ddpo.json over the paper's numbers -> Config."""
+def merge(given, folder, algorithm, room=None):
+    """The command line over ddpo.json over the paper's numbers, fitted to a card -> Config."""
     own = model_settings(folder, given)
     reward, name = given.get("reward", Config.reward), given.get("algorithm", Config.algorithm)
     lora = "lora" if given.get("lora_rank") else None
@@ -228,7 +231,46 @@ def merge(given, folder, algorithm):
         settings["lr"] = 3e-4  # App. C
     for part in ("all", reward, lora, name):  # the later one wins
         settings.update(own.get(part, {}))
-    return Config(**{**settings, **given})
+    settings.update(given)
+    path = folder / "unet" / "config.json"
+    config = read_json(path) if room and path.is_file() else {}  # not fetched yet: SD v1.x
+    return fitted(settings, room, algorithm, config) if room else Config(**settings)
+
+
+def memory_needed(c, algorithm, unet_config):
+    """Bytes at an epoch's peak, as tests/memory.py counts them for SD v1.x."""
+    width = unet_config.get("block_out_channels", [1280])[-1] / 1280
+    number, side = 4 if c.precision == "fp32" else 2, unet_config.get("sample_size", 64)
+    parameters, pixels = 860e6 * width**2, (side / 64) ** 2
+    here = c.reward == "alignment" and c.vlm == Config.vlm and not (c.vlm_url or c.reward_device)
+    networks = parameters * (number if c.lora_rank else 20 - number)
+    networks += 207e6 * number + 304e6 * 4 + 22e9 * here  # VAE and text encoder; CLIP; LLaVA
+    states = 1 if issubclass(algorithm, ddpo.RWR) else c.steps + 1
+    kept = 4 * c.samples_per_epoch * (states * 4 * side**2 + 77 * 768) / ddpo.processes()[1]
+    pair = 0.18e9 * number if c.grad_checkpointing else 1.25e9 + 0.65e9 * number
+    training = c.micro_batch * pair * width * pixels
+    sampling = (0.3e9 + c.sample_batch * (0.5e9 + 0.08e9 * number)) * pixels
+    return networks + kept + max(training, sampling - (0 if c.lora_rank else 4 * parameters))
+
+
+def fitted(fixed, room, algorithm, unet_config):
+    """The settings `fixed`, and others that leave a tenth of the room free -> Config."""
+    memory, rank = f"the card's {room[0] / 1e9:.0f} GB", fixed.get("lora_rank", 0)
+    for lora, precision, (saving, batch) in itertools.product((rank, 4), ("fp32", room[1]), WAYS):
+        batch = fixed.get("micro_batch", fixed.get("sample_batch", batch))
+        free = dict(zip(FITTED, (precision, saving, batch, batch)))
+        c = Config(**{**free, **fixed, "lora_rank": lora})
+        if set(FITTED) <= set(fixed) or memory_needed(c, algorithm, unet_config) < 0.9 * room[0]:
+            require(lora == rank, f"{memory} do not hold the whole UNet: add --lora-rank 4")
+            return c
+    raise UserError(f"{memory} are too few even for --lora-rank 4: try --vlm-url or --model zoo")
+
+
+def card(device):
+    """A CUDA card's bytes of memory, and its half precision; None of other devices."""
+    if device.type == "cuda":
+        half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return torch.cuda.get_device_properties(device).total_memory, half
 
 
 def check(config, given, algorithm):
@@ -293,10 +335,7 @@ def choose_device(name, option="--device"):
 
 
 def load_prompts(name):
-    """The lines of a named set or a file, each once: prompts, or {"prompt": ...} in a .jsonl file.
-
-    -> list of str, or of dict.
-    """
+    """The lines of a named set or a file, each once -> list of str, or of dict from .jsonl."""
     named = {path.stem: path for path in sorted(PROMPT_SETS.glob("*.txt"))}
     neither = f"neither a file that can be read nor one of {', '.join(named)}"
     with refusing(f"--prompts {name}: {neither}", OSError):
@@ -384,6 +423,7 @@ class Run:
     metadata: dict  # {prompt: its line of a .jsonl file}
     rewards: dict  # {"reward", and what is watched: functions (images, prompts) -> scores}
     clip: object  # rewards.ClipEmbedder, or None
+    left: str = ""  # of the run's time, for the progress bars
 
     def checkpoints(self):
         """The folders of the whole checkpoints, oldest first."""
@@ -428,9 +468,15 @@ def prepare(given):
     ddpo.join(device)
     if ddpo.processes()[0]:
         sys.stdout = open(os.devnull, "w")  # one voice is enough
-    model, folder = choose_model(given, device)
     algorithm = choose_algorithm(given.get("algorithm", Config.algorithm))
-    c = merge({**given, "model": model}, folder, algorithm)
+    room, wanted = card(device), given.get("model", Config.model)
+    if room and wanted != "zoo" and not os.path.isdir(wanted):
+        merge(given, Path(wanted), algorithm, room)  # is refused before gigabytes are fetched
+    model, folder = choose_model(given, device)
+    c = merge({**given, "model": model}, folder, algorithm, room)
+    if room:
+        chosen = ", ".join(f"{name} {getattr(c, name)}" for name in FITTED)
+        print(f"for {room[0] / 1e9:.0f} GB: {chosen} (other than fp32, numbers change)")
     check(c, given, algorithm)
     name = f"{c.reward.rpartition(':')[2]}-{c.algorithm.rpartition(':')[2]}"
     c.out = c.out or str(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -621,14 +667,16 @@ def write_metrics(run, metrics, evaluation):
     clean = {**line, **dict.fromkeys(odd), "warnings": list(found)}  # JSON has no NaN: null
     write_json(run.out / "metrics.jsonl", [*before, clean])
     text = "epoch {epoch:3d}  queries {reward_queries:6d}  reward {reward_mean:.3f} +- "
-    text += "{reward_std:.3f}  grad {grad_norm:.2g}  {seconds:.0f} s"
+    text += "{reward_std:.3f}  grad {grad_norm:.2g}  {seconds:.0f} s{left}"
     if line["approx_kl"] is not None:
         text += "  kl {approx_kl:.1e}  clipped {clip_fraction:.0%}"
     if evaluation:
         text += "\n    fixed pictures: {eval_reward_mean:.3f} +- {eval_reward_std:.3f}"
         text += ", gain {eval_gain_sd:.2f} sd of the base, t {eval_gain_t:.1f}"
     seconds = sum(value for name, value in line.items() if name.startswith("seconds"))
-    print(text.format(**{**line, **evaluation}, seconds=seconds), flush=True)
+    to_come = run.config.epochs - 1 - line["epoch"]
+    run.left = f", {tqdm.format_interval(seconds * to_come)} left"
+    print(text.format(**{**line, **evaluation}, seconds=seconds, left=run.left), flush=True)
     known = before[-1].get("warnings", []) if before else []
     for name in [name for name in found if name not in known]:
         print(f"warning ({name}), epoch {line['epoch']}: {found[name]}", flush=True)

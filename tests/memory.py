@@ -1,7 +1,9 @@
 """How much memory an epoch of DDPO takes on full-size SD v1.4, *counted* without a GPU.
 
-    python tests/memory.py              # a table, of minutes
+    python tests/memory.py              # a table, of a quarter of an hour; kept in memory.json
     python tests/memory.py --limits     # the two that must fit: 24 GB, with LoRA 10 GB
+
+train.py's choice for a card (`train.fitted`) is tested against memory.json.
 
 Every tensor is fake (FakeTensorMode: shapes and types, no data), so that the real code runs through
 the real sizes on any machine: sampling with guidance, the VAE's decoding, CLIP L/14 as the reward,
@@ -16,6 +18,7 @@ pictures, one step each. The trajectories of a whole epoch, 256 pictures of T = 
 
 import argparse
 import itertools
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ddpo
 from scheduler import NoiseSchedule, Sampler
-from train import Config
+from train import PRECISIONS, Config
 from unet import VAE, UNet, add_lora
 
 SD_UNET = {
@@ -76,6 +79,7 @@ CLIP_L_14 = {
     "projection_dim": 768,
 }
 SAMPLES, T, GIB = 256, 50, 2**30
+KEPT = Path(__file__).with_suffix(".json")  # {case: GiB}
 
 
 def ignore(*_):
@@ -129,13 +133,16 @@ def frozen(net, dtype):
     for module in net.modules():
         for name, p in [*module._parameters.items()]:
             if p is not None:
-                empty = torch.empty(p.shape, dtype=dtype)
-                module._parameters[name] = torch.nn.Parameter(empty, requires_grad=False)
+                zeros = torch.zeros(p.shape, dtype=dtype, device=p.device)
+                module._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
     return net.eval()
 
 
-def fake_policy(lora, checkpointing, dtype):
-    """A full-size Stable Diffusion without weights, as train.load_policy has it -> Policy, CLIP."""
+def make_policy(lora, checkpointing, dtype, device):
+    """A full-size Stable Diffusion of random weights or none, as train.load_policy has it.
+
+    -> Policy, CLIP.
+    """
     from transformers import (
         CLIPTextConfig,
         CLIPTextModel,
@@ -143,19 +150,20 @@ def fake_policy(lora, checkpointing, dtype):
         CLIPVisionModelWithProjection,
     )
 
-    unet, vae = UNet(SD_UNET), frozen(VAE(SD_VAE), dtype)
-    encoder = frozen(CLIPTextModel(CLIPTextConfig(**SD_TEXT)), dtype)
-    clip = frozen(CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP_L_14)), torch.float32)
+    with device:
+        unet, vae = UNet(SD_UNET), frozen(VAE(SD_VAE), dtype)
+        encoder = frozen(CLIPTextModel(CLIPTextConfig(**SD_TEXT)), dtype)
+        clip = frozen(CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP_L_14)), torch.float32)
     if lora:
-        unet = add_lora(frozen(unet, dtype), lora)
+        unet = add_lora(frozen(unet, dtype), lora)  # whose matrices are drawn on the CPU
     unet.gradient_checkpointing = checkpointing
     policy = ddpo.Policy(
         unet=unet,
         vae=vae,
-        sampler=Sampler(SD_SCHEDULE, 1, 1.0),
+        sampler=Sampler(SD_SCHEDULE.to(device), 1, 1.0),
         tokenizer=Tokenizer(),
         text_encoder=encoder,
-        device=torch.device("cpu"),
+        device=device,
         guidance=5.0,
         dtype=dtype,
     )
@@ -176,10 +184,11 @@ def rewarded(policy, clip):
 
 
 def whole(embeds):
-    """Trajectories of T steps, empty, whatever was drawn; prompt_embeds (B, 77, 768)."""
-    B = len(embeds)
-    latents, log_probs = torch.empty(B, T + 1, 4, 64, 64), torch.empty(B, T)
-    return ddpo.Trajectories(latents, log_probs, torch.zeros(T, dtype=torch.int64), embeds)
+    """Trajectories of T steps, all zero, whatever was drawn; prompt_embeds (B, 77, 768)."""
+    B, side = len(embeds), SD_UNET["sample_size"]
+    latents, log_probs = embeds.new_zeros(B, T + 1, 4, side, side), embeds.new_zeros(B, T)
+    timesteps = torch.zeros(T, dtype=torch.int64, device=embeds.device)
+    return ddpo.Trajectories(latents, log_probs, timesteps, embeds)
 
 
 def epoch(policy, micro_batch, scaler):
@@ -187,53 +196,63 @@ def epoch(policy, micro_batch, scaler):
     trained = [p for p in policy.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     algorithm = Unmeasured(Config(batch_size=micro_batch))
-    records = [whole(torch.empty(SAMPLES, 77, 768))]
+    records = [whole(torch.zeros(SAMPLES, 77, 768, device=policy.device))]
     batches = algorithm.batches(policy, records, [], torch.ones(SAMPLES), [0, 0, 1])
     for passes, batch in zip((1, 2), batches):
         some = batch[: passes * micro_batch]
         ddpo.optimizer_step(policy, algorithm, optimizer, some, micro_batch, 1.0, scaler)
     del batch, batches, some, records
     optimizer.zero_grad()
-    records = [whole(torch.empty(SAMPLES - micro_batch, 77, 768))]
+    records = [whole(torch.zeros(SAMPLES - micro_batch, 77, 768, device=policy.device))]
     names = [(0, 0, i) for i in range(micro_batch)]
     for drawn, _ in policy.sample(["a cat"] * micro_batch, names, micro_batch):
         records.append(algorithm.record(whole(drawn.prompt_embeds)))
 
 
 def peak(lora, checkpointing, micro_batch, dtype):
-    """The peak of an epoch, in GiB."""
+    """The peak of an epoch, in GiB, counted."""
+    cpu = torch.device("cpu")
     with FakeTensorMode(allow_non_fake_inputs=True), Norms():
-        policy, clip = fake_policy(lora, checkpointing, dtype)
+        policy, clip = make_policy(lora, checkpointing, dtype, cpu)
         rewarded(policy, clip)
         tracker = Tracker()
         tracker.track_external(policy.unet, policy.vae, policy.text_encoder, clip)
         with tracker:
             scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
             epoch(policy, micro_batch, scaler)
-        return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] / GIB
+        return tracker.get_tracker_snapshot("peak")[cpu]["Total"] / GIB
+
+
+def case(lora, precision, checkpointing, micro_batch):
+    """The name of a count in memory.json."""
+    trained, saving = "LoRA" if lora else "full", "checkpointing" if checkpointing else "plain"
+    return f"{trained}, {precision}, {saving}, {micro_batch}"
 
 
 def main():
     parser = argparse.ArgumentParser(description="Counts the memory of full-size DDPO.")
-    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp16"])
     parser.add_argument(
         "--limits",
         action="store_true",
-        help="only micro-batch 1 with checkpointing: full under 24 GB, LoRA under 10 GB, or fail",
+        help="only bf16, micro-batch 1 with checkpointing: full under 24 GB, LoRA under 10 GB, and"
+        " both as in memory.json, or fail",
     )
-    given = parser.parse_args()
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[given.precision]
-    print("| trained | --grad-checkpointing | --micro-batch | GiB, counted |")
-    print("| --- | --- | --- | --- |")
-    ways = itertools.product((0, 4), (True, False), (1, 4, 8))
+    given, kept = parser.parse_args(), json.loads(KEPT.read_text())
+    print("| trained | --precision | --grad-checkpointing | --micro-batch | GiB, counted |")
+    print("| --- | --- | --- | --- | --- |")
+    ways = itertools.product((0, 4), ("fp32", "bf16"), (True, False), (1, 2, 4, 8))
     if given.limits:
-        ways = [(0, True, 1), (4, True, 1)]
-    for lora, checkpointing, micro_batch in ways:
-        size = peak(lora, checkpointing, micro_batch, dtype)
+        ways = [(0, "bf16", True, 1), (4, "bf16", True, 1)]
+    for lora, precision, checkpointing, micro_batch in ways:
+        size = peak(lora, checkpointing, micro_batch, PRECISIONS[precision])
         trained, saving = "LoRA, rank 4" if lora else "full UNet", "yes" if checkpointing else "no"
-        print(f"| {trained} | {saving} | {micro_batch} | {size:.1f} |", flush=True)
-        if given.limits and size * GIB >= (10e9 if lora else 24e9):
-            raise SystemExit("over the limit")
+        print(f"| {trained} | {precision} | {saving} | {micro_batch} | {size:.1f} |", flush=True)
+        before = kept.get(case(lora, precision, checkpointing, micro_batch), 0.0)
+        kept[case(lora, precision, checkpointing, micro_batch)] = round(size, 3)
+        if given.limits and (size * GIB >= (10e9 if lora else 24e9) or abs(size - before) > 0.05):
+            raise SystemExit(f"over the limit, or not the {before} GiB of memory.json")
+    if not given.limits:
+        KEPT.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -315,6 +315,32 @@ def test_as_many_checkpoints_are_kept_as_was_asked_for(keep, kept, whole_run, tm
     assert names == [f"{epoch:06d}" for epoch in kept]
 
 
+def test_lines_and_bars_say_how_long_the_run_will_take(tmp_path, monkeypatch, capsys):
+    """An epoch that took 100 s lets the next two take 200; the bars of the first know nothing."""
+    texts, real = [], train.one_epoch
+
+    class Bar(train.tqdm):
+        def __init__(self, batches, text, *others, **options):
+            texts.append(text)
+            super().__init__(batches, text, *others, **options)
+
+    def slow(run, epoch):
+        seconds = {"seconds_sampling": 60.0, "seconds_reward": 30.0, "seconds_training": 10.0}
+        return {**real(run, epoch), **seconds}
+
+    monkeypatch.setattr(train, "one_epoch", slow)
+    monkeypatch.setattr(train, "tqdm", Bar)
+    run(tmp_path / "run", "--epochs", "3", "--eval-every", "9")
+    out = capsys.readouterr().out
+    for left in ("100 s, 03:20 left", "100 s, 01:40 left", "100 s, 00:00 left"):
+        assert out.count(left) == 1
+    known = [", 03:20 left", ", 01:40 left"]
+    expected = ["sampling", "sampling", "training"]
+    for left in known:
+        expected += [f"sampling{left}", f"training{left}"]
+    assert texts == [*expected, f"sampling{known[1]}"]  # the last evaluation
+
+
 def test_a_run_is_named_by_reward_and_algorithm_where_no_folder_is_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main(tiny("--epochs", "1"))
@@ -1124,8 +1150,10 @@ AIMED = """
 def aimed(images, prompts, metadata):
     assert prompts == [data["prompt"] for data in metadata]
     scores = [data.get("aim", 0) + image.mean() / 2550 for image, data in zip(images, metadata)]
-    for data in metadata:
-        data["aim"] = data.pop("prompt")  # its own copy
+    for data in metadata:  # its own copy
+        data["aim"] = data.pop("prompt")
+        assert data.get("tags", []) == []
+        data.get("tags", []).append("seen")
     return scores, {"kind": prompts}
 
 def strict(images, prompts, threshold=7.0):
@@ -1137,7 +1165,7 @@ def test_a_reward_with_a_third_parameter_gets_what_its_prompts_lines_say(tmp_pat
     """In training, in evaluation, beside another reward, and after --resume without the file."""
     (tmp_path / "mine.py").write_text(AIMED)
     aims, file = {"a cat": 10, "a bee": 20, "a lion": 40}, tmp_path / "three.jsonl"
-    lines = [{"prompt": prompt, "aim": aim} for prompt, aim in aims.items()]
+    lines = [{"prompt": prompt, "aim": aim, "tags": []} for prompt, aim in aims.items()]
     file.write_text("\n".join(map(json.dumps, lines)))
     mine = f"{tmp_path}/mine.py:"
     options = ["--reward", f"{mine}aimed", "--prompts", str(file), "--sample-batch", "1"]
