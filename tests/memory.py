@@ -2,6 +2,7 @@
 
     python tests/memory.py              # a table, of a quarter of an hour; kept in memory.json
     python tests/memory.py --limits     # the two that must fit: 24 GB, with LoRA 10 GB
+    python tests/memory.py --cards      # what train.py chooses for cards of 6 to 80 GB; at once
 
 train.py's choice for a card (`train.fitted`) is tested against memory.json.
 
@@ -31,8 +32,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import ddpo
-from scheduler import NoiseSchedule, Sampler
-from train import PRECISIONS, Config
+from scheduler import NoiseSchedule, Sampler, UserError
+from train import PRECISIONS, Config, fitted
 from unet import VAE, UNet, add_lora
 
 SD_UNET = {
@@ -229,6 +230,24 @@ def case(lora, precision, checkpointing, micro_batch):
     return f"{trained}, {precision}, {saving}, {micro_batch}"
 
 
+def cards(kept):
+    """A table: what train.py makes of a card's 10^9 bytes, and what that takes by the counts."""
+    print(
+        "| card | trained | --precision | --grad-checkpointing | pictures at a time | GB, counted |"
+    )
+    print("| --- | --- | --- | --- | --- | --- |")
+    for gigabytes, lora in itertools.product((6, 8, 12, 16, 20, 24, 40, 80), (0, 4)):
+        trained = f"LoRA, `--lora-rank {lora}`" if lora else "full UNet"
+        try:
+            c = fitted({"lora_rank": lora}, (gigabytes * 1e9, "bf16"), ddpo.DDPO, {})
+        except UserError:
+            print(f"| {gigabytes} GB | {trained} | does not fit: a line says so | | | |")
+            continue
+        way = (lora, c.precision, c.grad_checkpointing, c.micro_batch)
+        cells = (f"{gigabytes} GB", trained, c.precision, "yes" if way[2] else "no", way[3])
+        print(f"| {' | '.join(map(str, cells))} | {kept[case(*way)] * GIB / 1e9:.1f} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Counts the memory of full-size DDPO.")
     parser.add_argument(
@@ -237,7 +256,10 @@ def main():
         help="only bf16, micro-batch 1 with checkpointing: full under 24 GB, LoRA under 10 GB, and"
         " both as in memory.json, or fail",
     )
+    parser.add_argument("--cards", action="store_true", help="what train.py chooses for a card")
     given, kept = parser.parse_args(), json.loads(KEPT.read_text())
+    if given.cards:
+        return cards(kept)
     print("| trained | --precision | --grad-checkpointing | --micro-batch | GiB, counted |")
     print("| --- | --- | --- | --- | --- |")
     ways = itertools.product((0, 4), ("fp32", "bf16"), (True, False), (1, 2, 4, 8))
