@@ -270,7 +270,7 @@ def main():
         trained, saving = "LoRA, rank 4" if lora else "full UNet", "yes" if checkpointing else "no"
         print(f"| {trained} | {precision} | {saving} | {micro_batch} | {size:.1f} |", flush=True)
         before = kept.get(case(lora, precision, checkpointing, micro_batch), 0.0)
-        kept[case(lora, precision, checkpointing, micro_batch)] = round(size, 3)
+        kept[case(lora, precision, checkpointing, micro_batch)] = round(size, 4)
         if given.limits and (size * GIB >= (10e9 if lora else 24e9) or abs(size - before) > 0.05):
             raise SystemExit(f"over the limit, or not the {before} GiB of memory.json")
     if not given.limits:

@@ -233,3 +233,17 @@ def test_a_card_is_asked_for_all_its_memory(supported, half, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", bf16)
     assert train.card(torch.device("cuda:1")) == (25_000_000_000, half)
+
+
+def test_the_tables_of_real_sd_are_those_of_the_counts(capsys):
+    text = (train.HERE / "tutorial" / "real_sd.md").read_text(encoding="utf-8")
+    memory.cards(COUNTS)
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line for line in text.splitlines() if line.startswith("| ") and " GB | " in line]
+    assert len(shown) == 8 and shown == [line for line in lines if line in shown]
+    for lora, precision, checkpointing in itertools.product((0, 4), ("fp32", "bf16"), (1, 0)):
+        trained, saving = "LoRA" if lora else "full UNet", "yes" if checkpointing else "no"
+        name = precision if precision == "fp32" else "bf16, fp16"
+        sizes = [COUNTS[case(lora, precision, checkpointing, m)] for m in (1, 2, 4, 8)]
+        cells = " | ".join(f"{size:.1f}{' GiB' * (i == 0)}" for i, size in enumerate(sizes))
+        assert f"| {trained} | {name} | {saving} | {cells} |" in text
