@@ -254,6 +254,17 @@ def policy_log_prob(network, sampler, trajectories, i, k, uncond, guidance):
     return gaussian_log_prob(trajectories.latents[i, k + 1], mean, std)
 
 
+def noise_weights(sampler):
+    """w_t = |d mean / d eps| / sigma_t of each step; 0 where sigma_t = 0. -> (T,).
+
+    What grad log p has as a factor at step t: see `DDPOEqualCredit`.
+    """
+    t = sampler.timesteps
+    zeros = torch.zeros(len(t), 1, 1, 1, device=t.device)
+    mean, std = sampler.mean_std(zeros + 1, zeros, t)  # linear in eps, and 0 at x_t = eps = 0
+    return torch.where(std > 0, mean.flatten().abs() / std, 0.0)
+
+
 def by_prompt(weigh, prompts, rewards):
     """weigh(the rewards of one prompt (n,)) -> (n,), for each prompt by itself. -> float32 (B,)."""
     weights, prompts = torch.empty_like(rewards), np.array(prompts)
@@ -411,12 +422,17 @@ class DDPO(Algorithm):
         for some in samples.split(self.settings.batch_size // processes()[1]):
             yield all_pairs(trajectories, some, advantages)
 
-    def losses(self, policy, pairs):
-        """-> losses (b,), what is to be logged of each pair {name: (b,)}."""
+    def log_probs(self, policy, pairs):
+        """Of the present policy and of the one that sampled -> (b,), (b,)."""
         actions = (pairs.trajectories, pairs.i, pairs.k)
         guided = (policy.uncond(), self.settings.guidance)
         now = policy_log_prob(policy.network, policy.sampler, *actions, *guided)
         old = pairs.trajectories.log_probs[pairs.i, pairs.k]
+        return now, old
+
+    def losses(self, policy, pairs):
+        """-> losses (b,), what is to be logged of each pair {name: (b,)}."""
+        now, old = self.log_probs(policy, pairs)
         losses = self.estimator(now, old, pairs.advantages)
         return losses, {"k": pairs.k, "log_ratio": (now - old).detach()}
 
@@ -462,6 +478,29 @@ class DDPOScoreFunction(DDPO):
     def estimator(self, log_prob, log_prob_old, advantages):
         """Without a ratio: that is logged all the same, and should be 1."""
         return reinforce_loss(log_prob, advantages)
+
+
+class DDPOEqualCredit(DDPO):
+    """DDPO_IS with the same credit for each step; not the paper's (PCPO, arXiv 2509.25774).
+
+    The mean is linear in eps, k_t eps + ..., and an action was mean + sigma_t z, so that at ratio 1
+
+        grad log p(x_{t-1} | x_t, c) = (k_t / sigma_t) z grad eps             w_t = |k_t| / sigma_t
+
+    Nobody chose w_t: at T = 12 it is 7.4 at the last step but one and about 1 at the others, which
+    hands most of an update to that step. Here log-probabilities are multiplied by mean(w) / w_t:
+    no longer the exact policy gradient, but a clip range means the same at every step.
+    """
+
+    def setup(self, policy):
+        """The factor of each step."""
+        w = noise_weights(policy.sampler)
+        self.scale = torch.where(w > 0, w[w > 0].mean() / w, 0.0)
+
+    def log_probs(self, policy, pairs):
+        """Of the present policy and of the one that sampled, both scaled -> (b,), (b,)."""
+        now, old = super().log_probs(policy, pairs)
+        return self.scale[pairs.k] * now, self.scale[pairs.k] * old
 
 
 class RWR(Algorithm):
@@ -522,7 +561,13 @@ class RWRSparse(RWR):
         return weights
 
 
-ALGORITHMS = {"ddpo-is": DDPO, "ddpo-sf": DDPOScoreFunction, "rwr": RWR, "rwr-sparse": RWRSparse}
+ALGORITHMS = {
+    "ddpo-is": DDPO,
+    "ddpo-sf": DDPOScoreFunction,
+    "ddpo-equal": DDPOEqualCredit,
+    "rwr": RWR,
+    "rwr-sparse": RWRSparse,
+}
 
 
 def accumulate(policy, algorithm, batch, micro_batch, scaler):

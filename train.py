@@ -120,7 +120,7 @@ class Config:
     """Every setting, flat. Defaults are the paper's (App. D.5, DDPO_IS) where it has one."""
 
     reward: str = setting("aesthetic", f"{', '.join(REWARDS)}, or file.py:function", "user")
-    algorithm: str = setting("ddpo-is", f"{', '.join(ALGORITHMS)}, or file.py:Class", "user")
+    algorithm: str = setting("ddpo-is", f"{', '.join(ALGORITHMS)}, or file.py:Class")
     set: list = setting(None, "name=value, of the algorithm's own; may be repeated", "user")
     model: str = setting("auto", "auto, zoo, a hub id, or a diffusers folder", "user free")
     unet: str = setting(None, "start from a UNet or LoRA (merged without --lora-rank)", "user free")
@@ -219,6 +219,13 @@ def model_settings(folder, given):
         ours = ".py:" not in str(value) or folder.resolve() == ZOO.resolve()
         require(ours, f"{line}: a model's settings may run no code; give {flag(name)} yourself")
     return own
+
+
+def model_algorithm(given, folder):
+    """The algorithm given, else the model's for this reward, else the paper's -> its name."""
+    own, reward = model_settings(folder, given), given.get("reward", Config.reward)
+    settings = {**own.get("all", {}), **own.get(reward, {}), **given}
+    return settings.get("algorithm", Config.algorithm)
 
 
 def merge(given, folder, algorithm, room=None):
@@ -473,7 +480,9 @@ def prepare(given):
     if room and wanted != "zoo" and not os.path.isdir(wanted):
         merge(given, Path(wanted), algorithm, room)  # is refused before gigabytes are fetched
     model, folder = choose_model(given, device)
-    c = merge({**given, "model": model}, folder, algorithm, room)
+    given = {**given, "model": model, "algorithm": model_algorithm(given, folder)}
+    algorithm = choose_algorithm(given["algorithm"])
+    c = merge(given, folder, algorithm, room)
     if room:
         chosen = ", ".join(f"{name} {getattr(c, name)}" for name in FITTED)
         print(f"for {room[0] / 1e9:.0f} GB: {chosen} (other than fp32, numbers change)")

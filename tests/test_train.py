@@ -111,7 +111,8 @@ def refusal(call, *arguments):
 
 def resolve(given, folder):
     """The settings as train.py works them out, without loading anything."""
-    algorithm = train.choose_algorithm(given.get("algorithm", "ddpo-is"))
+    given = {**given, "algorithm": train.model_algorithm(given, folder)}
+    algorithm = train.choose_algorithm(given["algorithm"])
     config = train.merge(given, folder, algorithm)
     train.check(config, given, algorithm)
     return config
@@ -991,6 +992,21 @@ def test_settings_come_from_the_command_line_then_the_model_then_the_paper(tmp_p
     assert resolve(given, tmp_path).lr == 0.5
 
 
+def test_a_model_may_name_an_algorithm_for_a_reward(tmp_path):
+    own = {"all": {"algorithm": "ddpo-sf"}, "compressibility": {"algorithm": "rwr"}}
+    own["rwr"] = {"lr": 0.4}
+    (tmp_path / "ddpo.json").write_text(json.dumps(own))
+    assert resolve({}, tmp_path).algorithm == "ddpo-sf"
+    c = resolve({"reward": "compressibility"}, tmp_path)
+    assert (c.algorithm, c.lr, c.updates) == ("rwr", 0.4, 400)  # with all that belongs to it
+    given = {"reward": "compressibility", "algorithm": "ddpo-is"}
+    assert resolve(given, tmp_path).algorithm == "ddpo-is"
+    assert resolve({}, tmp_path / "elsewhere").algorithm == "ddpo-is"
+    (tmp_path / "ddpo.json").write_text('{"all": {"algorithm": "ddpo"}}')
+    with pytest.raises(UserError, match="--algorithm ddpo: neither ddpo-is, "):
+        resolve({}, tmp_path)
+
+
 BROKEN = [
     "{",
     "[]",
@@ -1000,7 +1016,8 @@ BROKEN = [
     '{"all": {"steps": "20"}}',
     '{"all": {"steps": true}}',
     '{"all": {"epochs": 2.5}}',
-    '{"all": {"algorithm": "ddpo-sf"}}',
+    '{"all": {"algorithm": 3}}',
+    '{"all": {"algorithm": "evil.py:Class"}}',
     '{"all": {"precision": "fp8"}}',
     '{"all": {"lora_rank": 4}}',
     '{"all": {"batch_size": null}}',
