@@ -521,6 +521,9 @@ def parse(argv):
 def main(argv=None):
     """-> exit status: 1 if a part failed."""
     given = parse(argv)
+    out = Path(os.environ["OUT"]) if "OUT" in os.environ else None
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
     found = {"conditions": conditions(given), "parts": {}, "seconds": {}}
     print(json.dumps(found["conditions"]), flush=True)
     for name in given.parts:
@@ -532,8 +535,8 @@ def main(argv=None):
             rows.append(row)
             found["seconds"][name] = round(time.monotonic() - start, 1)
             print(name, json.dumps(row), flush=True)
-            if "OUT" in os.environ:
-                train.write_json(Path(os.environ["OUT"]) / "gpu.json", found)
+            if out:
+                train.write_json(out / "gpu.json", found)
 
         go_through(part, given, limit, seen)
     for name, rows in found["parts"].items():

@@ -24,9 +24,9 @@ def given(tiny=True):
 
 
 def test_on_a_cpu_the_zoos_numbers_are_the_cpus(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setenv("OUT", str(tmp_path / "new"))
     assert gpu.main(["--tiny", "zoo"]) == 0
-    found = json.loads((tmp_path / "gpu.json").read_text())
+    found = json.loads((tmp_path / "new" / "gpu.json").read_text())
     rows = found["parts"]["zoo"]
     assert {row["largest difference"] for row in rows} == {"0.0e+00"}
     means = {row["quantity"]: float(row["mean, CPU"]) for row in rows}
