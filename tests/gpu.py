@@ -53,10 +53,11 @@ class OutOfTime(BaseException):
 
 def zoo_run(device, folder="gpu", **settings):
     """train.py's run on the zoo -> train.Run. What it prints goes to stderr."""
-    common = {"model": "zoo", "reward": "compressibility", "metrics": "", "eval_samples": 2}
+    common = {"model": "zoo", "reward": "compressibility", "algorithm": "ddpo-is", "metrics": ""}
     out = str(Path(tempfile.gettempdir()) / folder)
     with contextlib.redirect_stdout(sys.stderr):
-        return train.prepare({**common, "device": str(device), "out": out, **settings})
+        place = {"device": str(device), "out": out, "eval_samples": 2}
+        return train.prepare({**common, **place, **settings})
 
 
 def sampled(run, count):

@@ -91,10 +91,10 @@ def test_ratios_that_are_off_are_found_with_their_step():
     run = gpu.zoo_run("cpu", steps=2, samples_per_epoch=2, batch_size=2, samples_per_prompt=1)
     prompts, records, _ = gpu.sampled(run, 2)
     off, k = gpu.first_ratios(run, records, prompts)
-    assert off.max() < 1e-5 and k.tolist() == [0, 0, 1, 1]
+    assert off.max() < 1e-4 and k.tolist() == [0, 0, 1, 1]
     records[0].log_probs[1, 1] += 0.01
     off, k = gpu.first_ratios(run, records, prompts)
-    assert off.max().item() == pytest.approx(0.00995, rel=0.01) and off.argmax() == 3
+    assert off.max().item() == pytest.approx(0.00995, rel=0.02) and off.argmax() == 3
 
 
 def test_memory_is_itself_again_after_the_tiny_one():
