@@ -42,9 +42,9 @@ import traceback
 import urllib.request
 import warnings
 from collections.abc import Iterable, Mapping, Set
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial, wraps
+from multiprocessing.pool import ThreadPool
 from numbers import Real
 from pathlib import Path
 
@@ -225,8 +225,8 @@ class ChatServer:
         return self.ask("chat/completions", lambda r: r["choices"][0]["message"]["content"], body)
 
     def __call__(self, images, question):
-        with ThreadPoolExecutor(self.concurrency) as pool:  # a failure drops those not yet asked
-            answers = list(pool.map(partial(self.describe, question), images))
+        with ThreadPool(self.concurrency) as pool:  # a failure, or Ctrl-C, drops what is asked
+            answers = list(pool.imap(partial(self.describe, question), images))
         answers = [(answer or "").strip() for answer in answers]
         if answers and not any(answers):
             why = "says nothing about any picture of a batch, which scores 0; can it see?"

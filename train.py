@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import SafetensorError
@@ -108,7 +110,7 @@ def train_epoch(run, records, prompts, weights, epoch):
     return {**dict.fromkeys(ratios), **ddpo.averaged(updates)}
 
 
-def setting(default, help, rules="", least=None, most=math.inf):
+def setting(default, help, rules="", least=None, most=10**6):
     """A field of `Config`. least, most: the bounds of a number; by default any above 0."""
     # rules: "free", it may differ after --resume; "user", a model's ddpo.json may not set it
     metadata = {"help": help, "rules": rules, "least": least, "most": most}
@@ -145,7 +147,7 @@ class Config:
     history_size: int = setting(32, "rewards of a prompt to normalise by (code: 32)")
     min_count: int = setting(16, "rewards of a prompt before they are used for it (code: 16)")
 
-    lora_rank: int = setting(0, "train a LoRA of this rank, not the UNet (App. C)", "user", least=0)
+    lora_rank: int = setting(0, "train a LoRA of this rank (App. C)", "user", least=0, most=1024)
     precision: str = setting("fp32", "of the networks' arithmetic: fp32, bf16, fp16", "user")
     grad_checkpointing: bool = setting(False, "less memory, a third more time", "free")
     micro_batch: int = setting(8, "pairs a pass; best like --sample-batch (ratios)", "free")
@@ -166,7 +168,7 @@ class Config:
     bert_layer: int = setting(40, "its layer (bert-score: 40)")
     reward_device: str = setting(None, "where reward models run; else --device", "user free")
 
-    seed: int = setting(0, "of everything random", "user", least=0)
+    seed: int = setting(0, "of everything random", "user", least=0, most=2**63 - 1)
     device: str = setting("auto", "cuda, cpu, mps ...; auto: cuda where there is one", "user free")
     out: str = setting(None, "the run's folder; by default a new one in runs/", "user free")
     resume: bool = setting(False, "go on from the newest checkpoint in --out", "user free")
@@ -182,6 +184,7 @@ HEADINGS = {  # of --help, and the first setting below each
     "seed": "the run",
 }
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+KINDS = {name: (f.type, int) if f.type is float else (f.type,) for name, f in FIELDS.items()}
 PROMPTS = {"aesthetic": "common-animals", "alignment": "animal-activities"}  # Sec. 6
 
 
@@ -194,6 +197,7 @@ def parse(argv):
     """Command line -> the options given there, as {name: value}."""
     parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = "python train.py [options]"
     kinds = {bool: {"action": "store_true"}, list: {"action": "append"}}
     for name, f in FIELDS.items():
         if name in HEADINGS:
@@ -210,11 +214,10 @@ def model_settings(folder, given):
     own = read_json(path) if path.is_file() else {}
     fits = set(own) <= set(known) and {*map(type, own.values())} <= {dict}
     require(fits, f'{path}: needed is JSON such as {{"all": {{"lr": 0.1}}}}, of {", ".join(known)}')
-    kinds = {name: f.type for name, f in FIELDS.items() if "user" not in f.metadata["rules"]}
+    kinds = {name: KINDS[name] for name, f in FIELDS.items() if "user" not in f.metadata["rules"]}
     settings = [item for part in own.values() for item in part.items() if item[0] not in given]
     for name, value in settings:
-        line, kind = f"{path} sets {name} = {value!r}", kinds.get(name)
-        fits = type(value) is kind or (kind is float and type(value) is int)
+        line, fits = f"{path} sets {name} = {value!r}", type(value) in kinds.get(name, ())
         require(fits, f"{line}: no setting of a model, or not of its type")
         ours = ".py:" not in str(value) or folder.resolve() == ZOO.resolve()
         require(ours, f"{line}: a model's settings may run no code; give {flag(name)} yourself")
@@ -287,7 +290,7 @@ def check(config, given, algorithm):
         value, least, most = getattr(c, name), f.metadata["least"], f.metadata["most"]
         if f.type in (int, float) and value is not None:
             bound = "above 0" if least is None else f"at least {least}"
-            fits = math.isfinite(value) and (value > 0 if least is None else value >= least)
+            fits = abs(value) < math.inf and (value > 0 if least is None else value >= least)
             require(fits, f"{flag(name)} {value}: must be finite and {bound}")
             require(value <= most, f"{flag(name)} {value}: at most {most}")
     algorithm.settle(c, given)
@@ -320,8 +323,9 @@ def resumed(given):
         require(not stored.is_file(), f"--out {out} holds a run already: add --resume to go on")
         return given
     require(stored.is_file(), f"--resume needs --out, the run's folder; {out} holds no config.json")
-    before = read_json(stored)
-    require(set(before) <= set(FIELDS), f"{stored} is not of this version of train.py")
+    before = {name: value for name, value in read_json(stored).items() if value is not None}
+    odd = [name for name, value in before.items() if type(value) not in KINDS.get(name, ())]
+    require(not odd, f"{stored} is not of this version of train.py: {', '.join(odd)}")
     for name, value in given.items():
         was, now = before.get(name), value
         if ".py:" in str(now):  # the file may have moved, to another folder
@@ -337,7 +341,7 @@ def choose_device(name, option="--device"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    with refusing(f"{option} {name}", RuntimeError, AssertionError):
+    with refusing(f"{option} {name}", RuntimeError, AssertionError, ImportError):
         return torch.zeros(1, device=name).device
 
 
@@ -345,7 +349,7 @@ def load_prompts(name):
     """The lines of a named set or a file, each once -> list of str, or of dict from .jsonl."""
     named = {path.stem: path for path in sorted(PROMPT_SETS.glob("*.txt"))}
     neither = f"neither a file that can be read nor one of {', '.join(named)}"
-    with refusing(f"--prompts {name}: {neither}", OSError):
+    with refusing(f"--prompts {name}: {neither}", OSError, ValueError):
         text = named.get(name, Path(name)).read_text(encoding="utf-8-sig", errors="replace")
     require(not {"\0", "\ufffd"} & {*text}, f"--prompts {name}: not a text file in UTF-8")
     lines = list(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
@@ -383,6 +387,9 @@ def load_policy(folder, device, config):
     from transformers import CLIPTextModel, CLIPTokenizer
 
     dtype, rank = PRECISIONS[config.precision], config.lora_rank
+    if dtype != torch.float32:
+        with refusing(f"--precision {config.precision}", RuntimeError):
+            torch.autocast(device.type, dtype)
     # fp32 is float32; else what stays float32 may use TF32
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
@@ -431,6 +438,7 @@ class Run:
     rewards: dict  # {"reward", and what is watched: functions (images, prompts) -> scores}
     clip: object  # rewards.ClipEmbedder, or None
     left: str = ""  # of the run's time, for the progress bars
+    lock: object = None  # of the folder: any end of the process ends it
 
     def checkpoints(self):
         """The folders of the whole checkpoints, oldest first."""
@@ -462,7 +470,7 @@ def set_own(algorithm, texts):
     kinds = {name: kind for name, kind in members if kind in (int, float, str)}
     known = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
     for text in texts or []:
-        name, _, value = text.partition("=")
+        name, _, value = str(text).partition("=")
         line = f"--set {text}: {cls.__name__} knows {known or 'none'}"
         with refusing(line, KeyError, ValueError):
             setattr(algorithm, name, kinds[name](value))
@@ -490,9 +498,9 @@ def prepare(given):
     name = f"{c.reward.rpartition(':')[2]}-{c.algorithm.rpartition(':')[2]}"
     c.out = c.out or str(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     out, used = Path(c.out), placed(c, folder)
-    lines = read_json(out / "prompts.json")["prompts"] if c.resume else load_prompts(used.prompts)
+    lines = load_prompts(str(out / "prompts.jsonl") if c.resume else used.prompts)
     metadata = {line["prompt"]: line for line in lines if isinstance(line, dict)}
-    prompts = list(metadata) or lines
+    prompts = list(metadata or lines)
 
     policy = load_policy(folder, device, c)
     limit = policy.tokenizer.model_max_length
@@ -530,12 +538,15 @@ def load_rewards(config, device, metadata):
 def loop(run):
     """The epochs, from the newest checkpoint on."""
     c, out, writes = run.config, run.out, ddpo.processes()[0] == 0
+    if writes:
+        with writing(out), refusing(f"{out}: another run is at work in it", Timeout):
+            (out / "samples").mkdir(parents=True, exist_ok=True)
+            run.lock = FileLock(out / "lock", timeout=0, is_singleton=True)
+            run.lock.acquire()
     start = read_checkpoint(run) if c.resume and run.checkpoints() else 0
     require(start < c.epochs, f"--epochs {c.epochs}: the run in {out} has {start} behind it")
     if writes:
-        with writing(out):
-            (out / "samples").mkdir(parents=True, exist_ok=True)
-        write_json(out / "prompts.json", {"prompts": [*run.metadata.values()] or run.prompts})
+        write_json(out / "prompts.jsonl", [run.metadata.get(p, {"prompt": p}) for p in run.prompts])
         write_json(out / "config.json", dataclasses.asdict(c))  # last: with it --resume is possible
         write_json(out / "metrics.jsonl", read_lines(out / "metrics.jsonl", before=start))
     sizes = f"of {c.samples_per_epoch} pictures in updates of {c.batch_size}"
@@ -641,7 +652,7 @@ def read_checkpoint(run):
         run.algorithm.load_state_dict(state["algorithm"])
         run.scaler.load_state_dict(state["scaler"])
     print(f"resuming from {folder}")
-    return state["epoch"]
+    return int(folder.name)
 
 
 def writing(path):
@@ -662,9 +673,10 @@ def write_json(path, value):
 
 def read_lines(path, before=math.inf):
     """The whole lines of a .jsonl file, up to an epoch -> list of dicts."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    lines = [json.loads(line) for line in text.split("\n") if line.endswith("}")]
-    return [line for line in lines if line["epoch"] < before]
+    with refusing(f"{path} is damaged", OSError, ValueError, RecursionError, KeyError, TypeError):
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        lines = [json.loads(line) for line in text.split("\n") if line.endswith("}")]
+        return [line for line in lines if line["epoch"] < before]
 
 
 def write_metrics(run, metrics, evaluation):
@@ -719,27 +731,36 @@ def draw_curve(out, config):
 
 def main(argv=None):
     """The program. Only what the user can mend ends in one line; the rest keeps its traceback."""
-    given = parse(argv)
+    given, run = parse(argv), None
     if hasattr(sys.stdout, "reconfigure"):  # not all terminals can print all prompts
         sys.stdout.reconfigure(errors="backslashreplace")
-    # SIGTERM is torchrun's, when another process has died, or a job queue's: end as by Ctrl-C
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # torchrun's, when another process has died, or a job queue's
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        loop(prepare(given))
+        run = prepare(given)
+        loop(run)
         ddpo.leave()
-    except (UserError, torch.OutOfMemoryError) as error:
+    except (UserError, MemoryError, RuntimeError) as error:
+        text, signs = str(error), ("MemoryError", "out of memory", "allocate memory")
+        full = any(sign in repr(error) for sign in signs)
         rank, world = ddpo.processes()
         # so that torchrun does not end this process before its line comes through
         signal.signal(signal.SIGTERM, signal.SIG_IGN if world > 1 else signal.SIG_DFL)
-        if given.get("debug"):
+        if given.get("debug") or not (full or isinstance(error, UserError)):
             raise
-        text = " ".join(str(error).split())
-        if isinstance(error, torch.OutOfMemoryError):
+        if full:
             less = "--grad-checkpointing, --micro-batch 1, --sample-batch 1, --lora-rank 4"
-            text += f"; try --precision bf16, {less}"
-        sys.exit(f"train.py: {f'process {rank} of {world}: ' if world > 1 else ''}{text}")
-    except KeyboardInterrupt:
-        sys.exit("train.py: stopped; if it has a checkpoint, --out FOLDER --resume go on from it")
+            text = f"{text or 'out of memory'}; try --precision bf16, {less}"
+        text = f"process {rank} of {world}: {text}" if world > 1 else text
+        sys.exit(f"train.py: {' '.join(text.split())}")
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        rank, world = ddpo.processes()
+        start = ["torchrun", "--nproc-per-node", str(world)] if world > 1 else ["python"]
+        command = shlex.join([*start, sys.argv[0], "--out", str(run and run.out), "--resume"])
+        line = f"to go on: {command}" if run else "it had not begun"
+        if rank == 0:
+            print(f"train.py: stopped; {line}", file=sys.stderr)
+        sys.exit(getattr(stopped, "code", 130))
 
 
 if __name__ == "__main__":

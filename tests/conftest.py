@@ -18,12 +18,20 @@ os.environ["HF_HUB_OFFLINE"] = (
 
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 
 import data
 import ddpo
+import scheduler
+import table
 import train
-from helpers import write_art
+from helpers import HEARD, write_art
+
+# --hypothesis-profile=long: thousands of cases by hand (test_fuzz.py)
+settings.register_profile("quick", max_examples=30, deadline=None, derandomize=True)
+settings.register_profile("long", max_examples=1000, deadline=None)
+settings.load_profile("quick")
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,7 +45,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: full size, by hand")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -k takes some out
 def pytest_collection_modifyitems(config, items):
+    config.collected = {item.nodeid.removeprefix("tests/") for item in items}
     if config.getoption("--slow"):
         return
     for item in items:
@@ -54,6 +64,24 @@ def own_modules(tmp_path_factory):
     for name, module in [*sys.modules.items()]:
         if str(getattr(module, "__file__", None)).startswith(base):
             del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def row(request, monkeypatch):
+    """A test that stands in the table of faults hears the line that stands there beside it."""
+    name = request.node.nodeid.removeprefix("tests/")
+    mine = [row for row in table.rows() if row.test == name and row.line]
+    if mine:
+
+        def init(self, *arguments):
+            HEARD.append(str(*arguments))
+            ValueError.__init__(self, *arguments)
+
+        monkeypatch.setattr(scheduler.UserError, "__init__", init)
+    HEARD.clear()
+    yield
+    for row in mine:
+        assert table.says("\n".join(HEARD), row.line), (row.line, HEARD)
 
 
 @pytest.fixture(autouse=True)

@@ -1,23 +1,31 @@
-"""Faults that were found by reading and by trying, each with the line that it ends in."""
+"""Faults that were found by reading and by trying, each with the line that it ends in.
 
+The table of all faults is README.md; at the end of this file is what keeps it whole.
+"""
+
+import ast
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import ddpo
+import table
 import train
-from test_train import refusal, resume, run, small_model, tiny
-
-
-def metrics(folder):
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+from conftest import ROOT
+from helpers import HEARD
+from rewards import make_reward
+from test_style import MODULES
+from test_train import metrics, refusal, resume, run, small_model, tiny
+from test_unet import nobody
 
 
 @pytest.mark.parametrize("algorithm", ["ddpo-is", "ddpo-sf"])
@@ -129,6 +137,7 @@ def test_a_reward_without_spread_is_said_to_be_one(tmp_path, capsys):
     run(tmp_path / "run", "--reward", f"{reward}:flat", "--epochs", "4", "--lr", "1e-9")
     assert [line["warnings"] for line in metrics(tmp_path / "run")] == [["spread"]] * 4
     said = capsys.readouterr().out
+    HEARD.append(said)
     assert "nothing to learn" in said and "larger --lr" not in said
 
 
@@ -138,13 +147,17 @@ def test_prompts_of_which_the_end_is_not_read_are_named(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text(f"{long}on a red background\n{long}on blue\na dog\n")
     run(tmp_path / "run", "--epochs", "1", "--prompts", str(tmp_path / "prompts.txt"))
     warning = f"warning: 2 prompts are read up to token 16 only, as {long!r}"
-    assert warning[:-1] in capsys.readouterr().out
+    said = capsys.readouterr().out
+    HEARD.append(said)
+    assert warning[:-1] in said
 
 
 def test_rwr_sparse_says_that_few_samples_a_prompt_are_nearly_all_kept(tmp_path, capsys):
     """Of one sample a prompt a percentile of 0.9 keeps all."""
     run(tmp_path / "few", "--algorithm", "rwr-sparse", "--updates", "1")
-    assert "rwr-sparse keeps 50% of the samples, not 10%" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    HEARD.append(said)
+    assert "rwr-sparse keeps 50% of the samples, not 10%" in said
     many = ["--samples-per-epoch", "10", "--samples-per-prompt", "10", "--updates", "1"]
     run(tmp_path / "many", "--algorithm", "rwr-sparse", *many)
     assert "warning" not in capsys.readouterr().out
@@ -285,3 +298,135 @@ def test_a_reward_to_watch_that_is_not_there_is_named_with_its_own_flag(tmp_path
     """The line named --reward."""
     line = refusal(train.main, tiny("--metrics", "nowhere.py:f", "--out", str(tmp_path / "run")))
     assert "--metrics nowhere.py:f" in line
+
+
+def test_twenty_thousand_prompts_are_a_run_as_any_other(tmp_path):
+    """Their embeddings took gigabytes: now those of 512 are kept."""
+    (tmp_path / "many.txt").write_text("\n".join(f"a cat no. {i}" for i in range(20_000)))
+    folder = run(tmp_path / "run", "--prompts", str(tmp_path / "many.txt"), "--epochs", "1")
+    assert len(train.load_prompts(str(folder / "prompts.jsonl"))) == 20_000
+
+
+@pytest.mark.parametrize("options", ["--nosuch 3", "--epochs x", "--out"])
+def test_an_option_that_is_none_ends_in_two_lines(options, capsys):
+    """The usage took twenty."""
+    with pytest.raises(SystemExit, match="2"):
+        train.main(options.split())
+    usage, line = capsys.readouterr().err.splitlines()
+    HEARD.append(line.partition(": ")[2])
+    assert usage == "usage: python train.py [options]" and options.split()[0] in line
+
+
+def test_half_precision_where_a_device_has_none_is_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch
+):
+    """As torch says it of a card."""
+
+    def autocast(device, dtype):
+        raise RuntimeError("Current CUDA Device does not support bfloat16. Please switch dtype")
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    line = refusal(train.main, tiny("--precision", "bf16", "--out", str(tmp_path / "run")))
+    assert "--precision bf16: Current CUDA Device does not support bfloat16" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("when", ["new", "resumed"])
+def test_a_folder_that_may_not_be_written_ends_in_one_line(when, monkeypatch):
+    """Root may write everywhere: the run is somebody else's from the first writing on."""
+    loop = train.loop
+
+    def anothers(run):
+        with nobody():
+            loop(run)
+
+    with tempfile.TemporaryDirectory() as home:  # pytest's tmp_path is its user's alone
+        folder = Path(home, "run")
+        if when == "resumed":
+            run(folder, "--epochs", "1")
+        monkeypatch.setattr(train, "loop", anothers)
+        for path in [Path(home), *Path(home).rglob("*")]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        line = refusal(resume if when == "resumed" else run, folder, "--epochs", "2")
+        assert f"{folder} cannot be written: [Errno 13] Permission denied" in line
+        assert folder.exists() == (when == "resumed")
+        for path in [Path(home), *Path(home).rglob("*")]:
+            path.chmod(0o755)
+
+
+def test_a_path_of_windows_is_a_file_and_a_function(tmp_path, monkeypatch):
+    """The drive's colon is not the one before the function. Elsewhere that is a file's name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "C:\\x.py").write_text("def f(images, prompts):\n    return [3.0]\n")
+    reward = make_reward("C:\\x.py:f", None, "cpu")
+    assert reward(None, None) == [3.0]
+    line = refusal(train.main, tiny("--reward", "C:\\y.py:f"))
+    assert "--reward C:\\y.py:f: there is no such file; needed: file.py:name" in line
+
+
+POSIX = "fcntl grp posixpath pty pwd resource syslog termios tty".split()
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_a_module_is_imported_where_there_is_no_posix(path, monkeypatch):
+    """What it imports itself; PyTorch and all else are there already."""
+    for name in set(POSIX) - {"posixpath"}:
+        monkeypatch.setitem(sys.modules, name, None)
+    spec = importlib.util.spec_from_file_location("again", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "again", module)
+    spec.loader.exec_module(module)
+    used = {"os": set(), "signal": set()}
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in used:
+            used[node.value.id].add(node.attr)
+    assert used["signal"] <= {"signal", "SIGTERM", "SIG_DFL", "SIG_IGN"}
+    assert used["os"] <= {
+        "chdir",
+        "chmod",
+        "devnull",
+        "environ",
+        "getcwd",
+        "path",
+        "replace",
+        "stat",
+    }
+
+
+# The table
+
+
+def test_the_table_of_faults_has_sixty_rows_or_more_and_none_twice():
+    rows = table.rows()
+    assert len(rows) >= 60
+    assert len({row.fault for row in rows}) == len({row.test for row in rows}) == len(rows)
+    for row in rows:
+        assert all(row[:1] + row[2:]), row
+        assert row.code in {"0", "1", "2", "130", "137", "143"}, row
+
+
+def test_every_test_of_the_table_is_there(request):
+    """By its whole name where its file is collected; a name in the table may be wrong otherwise."""
+    whole = not any("::" in argument for argument in request.config.args)
+    files = {name.partition("::")[0] for name in request.config.collected}
+    for row in table.rows():
+        file, _, name = row.test.partition("::")
+        if whole and file in files:
+            assert row.test in request.config.collected
+        else:
+            assert f"def {name.partition('[')[0]}(" in (ROOT / "tests" / file).read_text()
+
+
+@pytest.mark.parametrize(
+    "said, right",
+    [
+        ("train.py: /a/b: no c", True),
+        ("/a/b: no c", True),
+        ("x\n  /a/b: no c\ny", True),
+        ("/a/b: no cat", False),
+        ("a b: no c", False),
+        ("", False),
+    ],
+)
+def test_a_row_that_is_not_true_is_seen(said, right):
+    assert table.says(said, "train.py: /…: no c") == right

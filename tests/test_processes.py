@@ -10,6 +10,8 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -25,8 +27,10 @@ import torch
 from safetensors.torch import load_file
 
 import ddpo
+import rewards
 import train
 import unet
+from helpers import HEARD
 from test_train import metrics, no_curve, settings_of, tiny, without_seconds
 
 pytestmark = pytest.mark.skipif(
@@ -61,6 +65,8 @@ def child(arguments, log, first, environment):
         train.main(arguments)
         return 0
     except SystemExit as error:
+        if not isinstance(error.code, str):
+            return error.code
         print(error, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
@@ -157,6 +163,83 @@ def pair(arguments, folder):
     return [end(pid)[0] for pid in pids], [Path(log).read_text() for log in logs]
 
 
+def polite():
+    """Ctrl-C is heard, also where a shell keeps it from what runs in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def wait_for(path):
+    """Until there is such a file."""
+    for _ in range(6000):
+        if os.path.exists(path):
+            return
+        time.sleep(0.01)
+    raise TimeoutError(path)
+
+
+def asking(marker):
+    """Leave a file before a picture is described by a server."""
+    polite()
+    real = rewards.ChatServer.describe
+
+    def describe(self, question, image):
+        Path(marker).touch()
+        return real(self, question, image)
+
+    rewards.ChatServer.describe = describe
+
+
+def interrupt(arguments, folder, marker, number, first=polite):
+    """A signal to a run that hangs -> exit code, log, the seconds that it takes to end."""
+    pid = start([*arguments, "--out", folder], f"{folder}.log", first)
+    wait_for(marker)
+    os.kill(pid, number)
+    begin = time.monotonic()
+    code, _ = end(pid)
+    return code, Path(f"{folder}.log").read_text(), time.monotonic() - begin
+
+
+def contents(folder):
+    """All files of a folder, and when they were last written."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def two(arguments, folder, marker):
+    """Two more runs in the folder of one that hangs, which then is killed; the last goes on.
+
+    -> codes, logs; did the two leave the folder alone?
+    """
+    pid = start([*arguments, "--out", folder], f"{folder}.log")
+    wait_for(marker)
+    before, codes, logs, commands = contents(folder), [], [], [arguments, [], []]
+    for n, command in enumerate(commands):
+        if n == 2:
+            same = contents(folder) == before
+            os.kill(pid, signal.SIGKILL)
+            end(pid)
+        command = [*command, "--out", folder] if command else ["--out", folder, "--resume"]
+        codes.append(end(start(command, f"{folder}.{n}.log"))[0])
+        logs.append(Path(f"{folder}.{n}.log").read_text())
+    return codes, logs, same
+
+
+def limit(name, most):
+    """Let this process have no more of a resource; of memory, no more than it has already."""
+    import resource
+
+    if name == "RLIMIT_AS":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most += pages * resource.getpagesize()
+    resource.setrlimit(getattr(resource, name), (most, most))
+
+
+def once(arguments, log, first=None):
+    """A run -> exit code, log."""
+    code, _ = end(start(arguments, log, first))
+    return code, Path(log).read_text()
+
+
 # What a call that is killed still gets done: `real` is the function itself
 
 
@@ -215,7 +298,7 @@ class Named:
 
 
 CONFIG, METRICS, STATE = "config.json", "metrics.jsonl", "state.json"
-PROMPTS = "prompts.json"
+PROMPTS = "prompts.jsonl"
 CHECKPOINT = "the renaming of the checkpoint"
 # a moment -> the function that is killed, in which of its calls, and what it still gets done
 MOMENTS = {
@@ -411,6 +494,7 @@ def test_a_batch_that_two_processes_cannot_share_is_refused_in_one_line(pool, tm
     for rank, log in enumerate(logs):
         [line] = [line for line in log.splitlines() if not line.startswith("[Gloo]")]
         assert line.startswith(f"train.py: process {rank} of 2: ")
+        HEARD.append(line)
         assert "--batch-size 3" in line
         assert "multiples of the number of processes, 2" in line
 
@@ -443,6 +527,7 @@ def test_a_process_that_is_killed_ends_them_all_and_the_checkpoint_before_goes_o
     assert job.returncode != 0 and time.time() - died.stat().st_mtime < 60
     said = [line for line in errors.splitlines() if line.startswith("train.py: ")]
     assert len(said) == 1, errors
+    HEARD.append(re.sub("process 0 of 2: ", "", said[0]))
     assert "process 0 of 2" in said[0] or "--resume" in said[0]
     assert "Traceback" not in errors.partition("train.py: ")[0], errors
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
@@ -534,3 +619,170 @@ def test_a_run_killed_at_any_moments_in_a_row_goes_on_to_the_bit(pool, uninterru
     lives = [[0.8 * seconds, 0.3 * seconds, 0.5 * seconds]]
     hits = check(pool, uninterrupted, "full", lives, tmp_path)
     assert len({code for code, _ in hits[:2]}) == 1
+
+
+# The ends that a run can have
+
+
+HANGING = """import os, time
+def hanging(images, prompts):
+    if not os.path.exists({marker!r}):
+        open({marker!r}, "w").close()
+        {how}
+    return (images / 16).mean((1, 2, 3))
+"""
+HOW = {"sleeps": "time.sleep(100)", "computes": "while True: pass"}
+
+
+def hanging(folder, how):
+    """-> options of a run whose reward hangs the first time; a file that is there when it does."""
+    code = HANGING.format(marker=str(folder / "hangs"), how=HOW[how])
+    (folder / "mine.py").write_text(code)
+    return tiny("--reward", f"{folder}/mine.py:hanging"), str(folder / "hangs")
+
+
+@pytest.mark.parametrize(
+    "how, number, code",
+    [
+        ("sleeps", signal.SIGINT, 130),
+        ("computes", signal.SIGINT, 130),
+        ("sleeps", signal.SIGTERM, 143),
+    ],
+    ids=["sleeps, Ctrl-C", "computes, Ctrl-C", "SIGTERM"],
+)
+def test_a_reward_that_hangs_is_ended_and_the_last_line_goes_on(how, number, code, pool, tmp_path):
+    """In a folder whose name a shell would cut."""
+    arguments, marker = hanging(tmp_path, how)
+    folder = tmp_path / "my run"
+    [(ended, said, _)] = pool(interrupt, [(arguments, str(folder), marker, number)])
+    assert ended == code and said.count("train.py: ") == 1 and "Traceback" not in said, said
+    HEARD.append(said)
+    command = shlex.split(said.rpartition("to go on: python ")[2])[1:]
+    [(ended, said)] = pool(once, [(command, str(tmp_path / "log"))])
+    assert ended == 0, said
+    assert [line["epoch"] for line in metrics(folder)] == [0, 1]
+
+
+def test_ctrl_c_does_not_wait_for_a_server_that_hangs(pool, server, tmp_path):
+    """It took five minutes: until the last of five tries was over."""
+    server.then, marker = "hang", str(tmp_path / "asked")
+    arguments = tiny("--reward", "alignment", "--vlm-url", server.url)
+    job = (arguments, str(tmp_path / "run"), marker, signal.SIGINT, partial(asking, marker))
+    [(code, said, seconds)] = pool(interrupt, [job])
+    assert code == 130 and seconds < 45 and "Traceback" not in said, (said, seconds)
+    HEARD.append(said)
+
+
+def test_a_run_that_is_ended_before_it_begins_leaves_nothing(pool, tmp_path):
+    """While its reward is imported."""
+    marker = str(tmp_path / "marker")
+    (tmp_path / "mine.py").write_text(f"open({marker!r}, 'w')\nimport time\ntime.sleep(100)")
+    arguments = tiny("--reward", f"{tmp_path}/mine.py:f")
+    [(code, said, _)] = pool(interrupt, [(arguments, str(tmp_path / "run"), marker, signal.SIGINT)])
+    assert code == 130 and not (tmp_path / "run").exists(), said
+    HEARD.append(said)
+
+
+def test_of_two_runs_in_one_folder_the_second_is_refused_until_the_first_has_ended(pool, tmp_path):
+    """Also by kill -9."""
+    arguments, marker = hanging(tmp_path, "sleeps")
+    [(codes, logs, same)] = pool(two, [(arguments, str(tmp_path / "run"), marker)])
+    assert codes == [1, 1, 0] and same, logs
+    assert "holds a run already: add --resume" in logs[0]
+    assert "another run is at work in it" in logs[1]
+    assert [line["epoch"] for line in metrics(tmp_path / "run")] == [0, 1]
+    HEARD.extend(logs)
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """mounted(options) -> a folder of its own file system, where root may make one."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+
+    def mount(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"needs leave to mount a file system: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", str(folder)], capture_output=True)
+
+
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before(pool, uninterrupted, mounted, tmp_path):
+    """A real one, with room for one and a half; with more the run goes on to the bit."""
+    whole = uninterrupted["full"][0]
+    size = sum(path.stat().st_size for path in (whole / "checkpoints" / "000004").rglob("*"))
+    disk, log = mounted(f"size={3 * size // 2}"), str(tmp_path / "log")
+    arguments = ["--out", str(disk / "run")]
+    [(code, said)] = pool(once, [(tiny(*OPTIONS, *arguments), log, doom)])
+    assert code == 1 and said.count("train.py: ") == 1 and "Traceback" not in said, said
+    assert [path.name for path in (disk / "run" / "checkpoints").glob("[0-9]" * 6)] == ["000001"]
+    HEARD.append(said)
+    subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+    [(code, said)] = pool(once, [([*arguments, "--resume"], log, doom)])
+    assert code == 0, said
+    assert left(disk / "run") == left(whole)
+
+
+def test_a_file_that_may_not_be_that_large_is_as_a_full_disk(pool, tmp_path):
+    """A quota that needs no root: RLIMIT_FSIZE."""
+    quota = partial(limit, "RLIMIT_FSIZE", 50_000)
+    arguments = tiny("--out", str(tmp_path / "run"))
+    [(code, said)] = pool(once, [(arguments, str(tmp_path / "log"), quota)])
+    assert code == 1 and said.count("train.py: ") == 1 and "Traceback" not in said, said
+    assert not [*(tmp_path / "run" / "checkpoints").glob("[0-9]" * 6)]
+    HEARD.append(said)
+
+
+def test_a_file_system_that_is_read_only_ends_in_one_line(pool, mounted, tmp_path):
+    """To root, too."""
+    arguments = tiny("--out", str(mounted("ro") / "run"))
+    [(code, said)] = pool(once, [(arguments, str(tmp_path / "log"))])
+    assert code == 1 and said.count("train.py: ") == 1 and "Traceback" not in said, said
+    HEARD.append(said)
+
+
+def test_a_cpu_out_of_memory_ends_in_one_line_that_says_what_to_try(pool, tmp_path):
+    """A real one: 200 MB more than what is loaded. The first checkpoint is not yet written."""
+    memory = partial(limit, "RLIMIT_AS", 200 * 2**20)
+    sizes = ["--samples-per-epoch", "2048", "--sample-batch", "2048"]
+    arguments = tiny(*sizes, "--out", str(tmp_path / "run"))
+    [(code, said)] = pool(once, [(arguments, str(tmp_path / "log"), memory)])
+    assert code == 1 and said.count("train.py: ") == 1 and "Traceback" not in said, said
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        CONFIG,
+        "lock",
+        METRICS,
+        PROMPTS,
+        "samples",
+    ]
+    HEARD.append(said)
+
+
+ENDS = {  # what is typed -> the exit code, and the lines of standard error where they are few
+    "a bad setting": (["--eta", "1.5"], 1, 1),
+    "an unknown option": (["--nosuch", "3"], 2, 2),
+    "a bad setting, --debug": (["--eta", "1.5", "--debug"], 1, None),
+    "a reward that raises": (["--reward", "{folder}/mine.py:raising"], 1, None),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_the_exit_code_says_how_it_ended(case, pool, tmp_path):
+    """What only its author can mend, and all with --debug, keeps its traceback."""
+    options, expected, lines = ENDS[case]
+    (tmp_path / "mine.py").write_text(
+        "def raising(images, prompts):\n    raise ValueError('soon')\n"
+    )
+    arguments = tiny(*[option.format(folder=tmp_path) for option in options])
+    arguments += ["--out", str(tmp_path / "run")]
+    [(code, said)] = pool(once, [(arguments, str(tmp_path / "log"))])
+    assert code == expected, said
+    if lines:
+        assert len(said.splitlines()) == lines, said
+    else:
+        assert "Traceback" in said and "train.py: " not in said
+    HEARD.append(said.replace("train.py: error: ", ""))

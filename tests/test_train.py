@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 import ddpo
 import train
 import unet
+from helpers import HEARD
 from rewards import compressibility, make_reward
 from scheduler import UserError, named_noise
 
@@ -106,6 +107,7 @@ def refusal(call, *arguments):
         call(*arguments)
     line = str(end.value)
     assert line.startswith("train.py: ") and "\n" not in line
+    HEARD.append(line)
     return line
 
 
@@ -200,7 +202,7 @@ def test_a_run_leaves_what_the_readme_promises(zoo_run):
     assert (zoo_run / "reward.png").stat().st_size > 5000
     assert settings_of(zoo_run)["micro_batch"] == 4
     names = sorted(path.name for path in zoo_run.iterdir())
-    files = ["config.json", "metrics.jsonl", "prompts.json", "reward.png"]
+    files = ["config.json", "lock", "metrics.jsonl", "prompts.jsonl", "reward.png"]
     assert names == sorted([*files, "checkpoints", "samples"])
     assert sorted(path.name for path in (zoo_run / "checkpoints").iterdir()) == ["000001", "000002"]
 
@@ -371,7 +373,9 @@ def test_the_first_line_keeps_the_base_models_evaluation(tmp_path, capsys):
 
 def test_without_clip_the_run_goes_on_without_its_diversity(tmp_path, capsys):
     folder = run(tmp_path / "run", "--clip", str(tmp_path), "--epochs", "1")
-    assert "diversity is not measured: --clip" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    HEARD.append(said)
+    assert "diversity is not measured: --clip" in said
     assert metrics(folder)[0]["diversity"] is metrics(folder)[0]["eval_diversity"] is None
 
 
@@ -642,7 +646,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole_run, tmp_path, monkeypa
         return real(run, epoch)
 
     monkeypatch.setattr(train, "one_epoch", cut)
-    assert "--resume go on from it" in refusal(run, folder)
+    with pytest.raises(SystemExit, match="130"):
+        run(folder)
     monkeypatch.setattr(train, "one_epoch", real)
     with open(folder / "metrics.jsonl", "a") as file:  # killed in the middle of a line,
         file.write('{"epoch": 1, "reward_que')
@@ -704,10 +709,31 @@ def test_a_run_from_before_there_were_some_settings_goes_on(whole_run, tmp_path)
     assert settings_of(folder) == {**settings, "epochs": 3, "resume": True, "out": str(folder)}
 
 
-@pytest.mark.parametrize("text", ['{"epochs": 2, "w": 1}', "[]", "{", "\xff"])
+NO_CONFIGS = ['{"epochs": 2, "w": 1}', "[]", "{", "\xff", '{"reward": ["x"]}', '{"epochs": "2"}']
+
+
+@pytest.mark.parametrize("text", NO_CONFIGS)
 def test_what_is_no_config_of_a_run_is_named(text, tmp_path):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     assert f"{tmp_path}/config.json" in refusal(resume, tmp_path)
+
+
+DAMAGE = {
+    "metrics.jsonl": ['{"epoch": 0}\n{"epoch": 1, ?}\n', '{"epoch": "1"}', "{}", '{"\xff"}'],
+    "prompts.jsonl": ["", "a cat", '{"text": "a cat"}', "\xff"],
+}
+DAMAGES = [(name, text) for name, texts in DAMAGE.items() for text in texts]
+
+
+@pytest.mark.parametrize("name, text", DAMAGES)
+def test_what_is_damaged_in_a_runs_folder_is_named_before_it_goes_on(
+    name, text, whole_run, tmp_path
+):
+    folder = shutil.copytree(whole_run, tmp_path / "damaged")
+    (folder / name).write_bytes(text.encode("latin-1"))
+    assert f"{folder}/{name}" in refusal(resume, folder, "--epochs", "3")
+    assert (folder / name).read_bytes() == text.encode("latin-1")
+    assert not (folder / "checkpoints" / "000003").exists()
 
 
 def test_resume_needs_a_run(tmp_path):
@@ -733,6 +759,7 @@ def test_resume_may_save_memory(whole_run, tmp_path):
         ["--seed", "1"],
         ["--set", "x=1"],
     ],
+    ids=" ".join,
 )
 def test_resume_refuses_to_train_something_else(options, whole_run):
     line = refusal(resume, whole_run, "--epochs", "3", *options)
@@ -781,6 +808,11 @@ BAD = [
     ),
     ("--set defaults=3", "--set defaults=3: DDPO knows advantage_limit"),
     ("--algorithm nowhere.py:X", "--algorithm nowhere.py:X"),
+    ("--device hpu", "--device hpu: No module named"),
+    ("--samples-per-epoch 9223372036854775808", "--samples-per-epoch 9223372036854775808: at most"),
+    ("--lr 1e300", "--lr 1e+300: at most 1000000"),
+    ("--lora-rank 100000000", "--lora-rank 100000000: at most 1024"),
+    ("--seed 99999999999999999999", "--seed 99999999999999999999: at most 9223372036854775807"),
 ]
 
 
@@ -887,12 +919,34 @@ def test_out_of_memory_is_one_line_that_says_what_to_try(tmp_path, monkeypatch):
         assert option in line
 
 
-def test_a_job_queues_signal_is_as_ctrl_c(tmp_path, monkeypatch):
+def test_a_job_queues_signal_is_as_ctrl_c(tmp_path, monkeypatch, capsys):
     def terminated(run, epoch):
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(train, "one_epoch", terminated)
-    assert refusal(run, tmp_path).startswith("train.py: stopped; ")
+    with pytest.raises(SystemExit, match="143"):
+        run(tmp_path)
+    said = capsys.readouterr().err
+    HEARD.append(said)
+    assert said.startswith("train.py: stopped; ") and said.endswith(f"--out {tmp_path} --resume\n")
+
+
+@pytest.mark.parametrize("rank, lines", [(0, 1), (1, 0)])
+def test_of_several_processes_one_says_how_to_go_on(rank, lines, tmp_path, monkeypatch, capsys):
+    def processes():
+        return rank, 2
+
+    def interrupted(run):
+        (run.out / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ddpo, "processes", processes)
+    monkeypatch.setattr(train, "loop", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        run(tmp_path, "--debug")
+    said = capsys.readouterr().err
+    HEARD.append(said)
+    assert said.count("to go on: torchrun --nproc-per-node 2 ") == lines == said.count("\n")
 
 
 @pytest.mark.parametrize("world, then", [(1, signal.SIG_DFL), (2, signal.SIG_IGN)])
@@ -1120,7 +1174,10 @@ def test_every_option_has_one_line_of_help(capsys, monkeypatch):
 def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
     class Zeros:
         def __init__(self, *shape, device):
-            self.device = torch.device(device)
+            pass
+
+        def cpu(self):
+            return self
 
     def yes():
         return True
@@ -1302,6 +1359,7 @@ def test_training_with_other_guidance_than_sampling_is_seen_by_the_ratio(mine, t
     folder = run(tmp_path / "run", "--algorithm", f"{mine}Unguided")
     assert [line["warnings"] for line in metrics(folder)] == [["ratio"], ["ratio"]]
     out = capsys.readouterr().out
+    HEARD.append(out)
     assert out.count("warning (ratio)") == 1  # once, when it begins
     assert out.count("warning (ratio), epoch 0: the ratio is off 1") == 1
 
