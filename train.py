@@ -217,7 +217,7 @@ def model_settings(folder, given):
     kinds = {name: KINDS[name] for name, f in FIELDS.items() if "user" not in f.metadata["rules"]}
     settings = [item for part in own.values() for item in part.items() if item[0] not in given]
     for name, value in settings:
-        line, fits = f"{path} sets {name} = {value!r}", type(value) in kinds.get(name, ())
+        line, fits = f"{path} sets {name} = {value!r:.80}", type(value) in kinds.get(name, ())
         require(fits, f"{line}: no setting of a model, or not of its type")
         ours = ".py:" not in str(value) or folder.resolve() == ZOO.resolve()
         require(ours, f"{line}: a model's settings may run no code; give {flag(name)} yourself")
