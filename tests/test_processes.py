@@ -199,6 +199,12 @@ def interrupt(arguments, folder, marker, number, first=polite):
     return code, Path(f"{folder}.log").read_text(), time.monotonic() - begin
 
 
+def once(arguments, log, first=None):
+    """A run -> exit code, log."""
+    code, _ = end(start(arguments, log, first))
+    return code, Path(log).read_text()
+
+
 def contents(folder):
     """All files of a folder, and when they were last written."""
     files = [path for path in Path(folder).rglob("*") if path.is_file()]
@@ -212,16 +218,13 @@ def two(arguments, folder, marker):
     """
     pid = start([*arguments, "--out", folder], f"{folder}.log")
     wait_for(marker)
-    before, codes, logs, commands = contents(folder), [], [], [arguments, [], []]
-    for n, command in enumerate(commands):
-        if n == 2:
-            same = contents(folder) == before
-            os.kill(pid, signal.SIGKILL)
-            end(pid)
-        command = [*command, "--out", folder] if command else ["--out", folder, "--resume"]
-        codes.append(end(start(command, f"{folder}.{n}.log"))[0])
-        logs.append(Path(f"{folder}.{n}.log").read_text())
-    return codes, logs, same
+    before, again = contents(folder), ["--out", folder, "--resume"]
+    ends = [once([*arguments, "--out", folder], f"{folder}.1.log"), once(again, f"{folder}.2.log")]
+    same = contents(folder) == before
+    os.kill(pid, signal.SIGKILL)
+    end(pid)
+    ends.append(once(again, f"{folder}.3.log"))
+    return *zip(*ends), same
 
 
 def limit(name, most):
@@ -232,12 +235,6 @@ def limit(name, most):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most += pages * resource.getpagesize()
     resource.setrlimit(getattr(resource, name), (most, most))
-
-
-def once(arguments, log, first=None):
-    """A run -> exit code, log."""
-    code, _ = end(start(arguments, log, first))
-    return code, Path(log).read_text()
 
 
 # What a call that is killed still gets done: `real` is the function itself
@@ -687,7 +684,7 @@ def test_of_two_runs_in_one_folder_the_second_is_refused_until_the_first_has_end
     """Also by kill -9."""
     arguments, marker = hanging(tmp_path, "sleeps")
     [(codes, logs, same)] = pool(two, [(arguments, str(tmp_path / "run"), marker)])
-    assert codes == [1, 1, 0] and same, logs
+    assert codes == (1, 1, 0) and same, logs
     assert "holds a run already: add --resume" in logs[0]
     assert "another run is at work in it" in logs[1]
     assert [line["epoch"] for line in metrics(tmp_path / "run")] == [0, 1]
