@@ -1364,7 +1364,8 @@ def test_an_algorithm_without_one_of_its_three_parts_is_none(lacking):
 
 
 def test_algorithms_by_name_and_the_papers_numbers():
-    assert list(ddpo.ALGORITHMS) == ["ddpo-is", "ddpo-sf", "rwr", "rwr-sparse"]
+    names = ["ddpo-is", "ddpo-sf", "ddpo-equal", "rwr", "rwr-sparse"]
+    assert list(ddpo.ALGORITHMS) == names
     found = {name: cls.defaults for name, cls in ddpo.ALGORITHMS.items()}
     assert found["ddpo-is"] == {"batch_size": 64} and found["ddpo-sf"] == {"batch_size": 256}
     for name in ("rwr", "rwr-sparse"):
