@@ -111,7 +111,7 @@ def test_the_search_gives_each_algorithm_six_cells_of_512_queries(runs, tmp_path
     experiments.search(tmp_path, quick=False)
     given = [train.parse(command[2:]) for command in runs.commands]
     algorithms = [settings["algorithm"] for settings in given]
-    assert [algorithms.count(name) for name in train.ALGORITHMS] == [6] * 4
+    assert [algorithms.count(name) for name in experiments.SEARCH] == [6] * 4
     assert {settings["epochs"] * settings["samples_per_epoch"] for settings in given} == {512}
     assert len({str(sorted(settings.items())) for settings in given}) == 24
 
