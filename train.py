@@ -244,7 +244,8 @@ def merge(given, folder, algorithm, room=None):
     settings.update(given)
     path = folder / "unet" / "config.json"
     config = read_json(path) if room and path.is_file() else {}  # not fetched yet: SD v1.x
-    return fitted(settings, room, algorithm, config) if room else Config(**settings)
+    with refusing(path, TypeError, LookupError, ArithmeticError):  # of what is no UNet's
+        return fitted(settings, room, algorithm, config) if room else Config(**settings)
 
 
 def memory_needed(c, algorithm, unet_config):

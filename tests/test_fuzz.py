@@ -18,6 +18,7 @@ import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 
+import ddpo
 import rewards
 import train
 import unet
@@ -165,6 +166,12 @@ def network(cls):
     return load
 
 
+def reckoned(home):
+    """By what fits a card, and then by what is loaded."""
+    train.merge({"lora_rank": 4}, home / "model", ddpo.DDPO, (16e9, "bf16"))
+    network(unet.UNet)(home)
+
+
 def schedule(home):
     schedule = NoiseSchedule.from_folder(home / "model" / "scheduler")
     sampler = Sampler(schedule, 2, 1.0)
@@ -194,7 +201,7 @@ def lines(home):
 
 
 DOCUMENTS = {
-    "model/unet/config.json": network(unet.UNet),
+    "model/unet/config.json": reckoned,
     "model/vae/config.json": network(unet.VAE),
     "model/scheduler/scheduler_config.json": schedule,
     "model/ddpo.json": settings,
