@@ -25,7 +25,8 @@ class Row(NamedTuple):
 def rows():
     """The rows of the table -> list of Row; a line that is no code, as "nothing", is empty."""
     lines = README.read_text(encoding="utf-8").splitlines()
-    rows = [Row(*line[2:-2].split(" | ")) for line in lines if line.startswith("| ")][2:]
+    cells = [line[2:-2].split(" | ") for line in lines if line.startswith("| ")]
+    rows = [Row(*row) for row in cells if len(row) == 5][2:]
     code = [row._replace(line=row.line.strip("` ") if "`" in row.line else "") for row in rows]
     return [row._replace(test=row.test.strip("`")) for row in code]
 

@@ -307,6 +307,12 @@ def test_twenty_thousand_prompts_are_a_run_as_any_other(tmp_path):
     assert len(train.load_prompts(str(folder / "prompts.jsonl"))) == 20_000
 
 
+def test_a_whole_number_that_no_float_holds_is_refused(tmp_path):
+    """OverflowError, when it was asked whether it is finite."""
+    line = refusal(train.main, tiny("--epochs", "9" * 400, "--out", str(tmp_path / "run")))
+    assert line.endswith("9: at most 1000000") and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("options", ["--nosuch 3", "--epochs x", "--out"])
 def test_an_option_that_is_none_ends_in_two_lines(options, capsys):
     """The usage took twenty."""
