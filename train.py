@@ -742,7 +742,7 @@ def main(argv=None):
         loop(run)
         ddpo.leave()
     except (UserError, MemoryError, RuntimeError) as error:
-        text, signs = str(error), ("MemoryError", "out of memory", "allocate memory")
+        text, signs = str(error), ("MemoryError", "out of memory", "allocate", "bad_alloc")
         full = any(sign in repr(error) for sign in signs)
         rank, world = ddpo.processes()
         # so that torchrun does not end this process before its line comes through

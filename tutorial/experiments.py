@@ -37,6 +37,18 @@ RATES = {  # reward: epochs, learning rates
 SEEDS, SEARCH_SEED = (0, 1, 2), 3
 QUERIES = 512  # reward queries of a cell and of a curve
 COST = 0.15  # the share of pictures, in the judge's eyes, that a winner may lose
+PLUGGED = f"--algorithm '{HERE}/algorithms"
+FASTER = {  # what came after the paper: what a variant's runs have in common, its learning rates
+    "ddpo-is": ("--algorithm ddpo-is", ("2e-4", "4e-4", "8e-4")),
+    "ddpo-is, clip x 4": ("--algorithm ddpo-is --clip-range 0.0256", ("4e-4", "8e-4")),
+    "ddpo-equal": ("--algorithm ddpo-equal", ("2e-4", "4e-4", "8e-4")),
+    "some steps": (f"{PLUGGED}/some_steps.py:SomeSteps' --set K=4", ("2e-4", "4e-4", "8e-4")),
+    "matching": (
+        f"{PLUGGED}/awm.py:AdvantageWeightedMatching' --clip-range 0.02 --warmup 8",
+        ("5e-5", "1e-4", "2e-4"),
+    ),
+}
+FASTER_SEEDS = (4, 5, 6, 7, 8)
 SMOKE = "--epochs 2 --steps 2 --samples-per-epoch 32 --eval-samples 4 "
 SMOKE += "--micro-batch 32 --sample-batch 32"
 
@@ -335,12 +347,87 @@ def rewards(out, quick):
     return figure, table(header, rows)
 
 
+def faster_search(out, quick):
+    """Each variant's learning rate for the aesthetic reward -> {variant: settings}, rows."""
+    winners, rows, few = {}, [], slice(1 if quick else None)
+    for name, (common, values) in list(FASTER.items())[few]:
+        cells, outcomes = [f"{common} --lr {rate}" for rate in values[few]], []
+        for settings, rate in zip(cells, values):
+            length = SMOKE if quick else "--epochs 10"
+            arguments = f"{ZOO} --reward aesthetic {settings} --seed {SEARCH_SEED} {length}"
+            folder = out / "faster" / f"{name.replace(' ', '-')}_{rate}"
+            outcomes.append(outcome(run(folder, arguments)))
+        winner = best(outcomes)
+        winners[name] = cells[winner]
+        for i, found in enumerate(outcomes):
+            mark = "**chosen**" if i == winner else ""
+            rows.append([name, f"`--lr {values[i]}`", *found.texts(), mark])
+    return winners, rows
+
+
+def crossing(xs, ys, level):
+    """Where the broken line through the points first reaches a level; None if it never does."""
+    for x_0, y_0, x_1, y_1 in zip(xs, ys, xs[1:], ys[1:]):
+        if y_0 < level <= y_1:
+            return x_0 + (level - y_0) / (y_1 - y_0) * (x_1 - x_0)
+    return None
+
+
+def faster(out, quick):
+    """What came after the paper, on the aesthetic reward: gain against queries and seconds.
+
+    Seeds in turn, so that a machine's moods meet all variants; an epoch's seconds are the median.
+    """
+    winners, searched = faster_search(out, quick)
+    few, lines = slice(1 if quick else None), {name: [] for name in winners}
+    for seed in FASTER_SEEDS[few]:
+        for name, settings in winners.items():
+            length = SMOKE if quick else "--epochs 20 --eval-every 4"
+            arguments = f"{ZOO} --reward aesthetic {settings} --seed {seed} {length}"
+            folder = out / "faster" / f"{name.replace(' ', '-')}_seed{seed}"
+            lines[name].append(lines_of(run(folder, arguments)))
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.set(xlabel="reward queries", ylabel="gain, standard deviations of the base")
+    right.set(xlabel="seconds of sampling, reward and training")
+    rows, level = [], None
+    for name, runs in lines.items():
+        seen = [[line for line in epochs if "eval_queries" in line] for epochs in runs]
+        seconds = [
+            sum(line[part] for part in line if part.startswith("seconds"))
+            for epochs in runs
+            for line in epochs
+        ]
+        each = statistics.median(seconds)
+        queries = [line["eval_queries"] for line in seen[0]]
+        times = [n / runs[0][0]["reward_queries"] * each for n in queries]
+
+        def means(key):
+            return [statistics.mean(line[key] for line in at) for at in zip(*seen)]
+
+        gains, judge = means("eval_gain_sd"), means("eval_judged_right_mean")
+        left.plot(queries, gains, "o-", label=name)
+        right.plot(times, gains, "o-")
+        level = level or gains[-1]  # what the first, ddpo-is, has in the end
+        when, how_many = crossing(times, gains, level), crossing(queries, gains, level)
+        reached = [f"{how_many:.0f}", f"{when:.0f}"] if when else ["never", "never"]
+        row = [name, f"{each:.1f}", spread([line[-1]["eval_gain_sd"] for line in seen], 2)]
+        row += [f"{judge[0]:.0%} → {judge[-1]:.0%}", f"{means('eval_truth_mean')[-1]:.2f}"]
+        rows.append([*row, f"{means('eval_diversity')[-1]:.2f}", *reached])
+    left.legend()
+    header = ["variant", "seconds an epoch", f"gain after {queries[-1]} queries", "judge"]
+    header += ["truth", "diversity", f"queries to {level:.2f}", f"seconds to {level:.2f}"]
+    search_table = table(["variant", "learning rate", *GAINS, ""], searched)
+    return figure, f"{search_table}\n\n{table(header, rows)}"
+
+
 EXPERIMENTS = {
     "rates": rates,
     "rewards": rewards,
     "search": only_search,
     "fig4": fig4,
     "fig10": fig10,
+    "faster": faster,
 }
 
 
