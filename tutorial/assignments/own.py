@@ -37,8 +37,9 @@ Hand in `bugs.json`,
 
     {{"5": {{"place": "ddpo.py:123", "sentence": "what is wrong, and how the run shows it"}}}}
 
-the number being the folder's, or "none" for the place; and for each a file such as `test_05.py` of functions `test_...()`. It must
-fail on that module, pass on yours, and pass on versions written otherwise that behave the same.
+the number being the folder's, or "none" for the place; and for each a file such as `test_05.py` of
+functions `test_...()`. It must fail on that module, pass on yours, and pass on versions written
+otherwise that behave the same.
 Where nothing is wrong, it must pass on all of these, and fail where what you suspected is real.
 `python tutorial/assignments/trial.py test_05.py bugs/05` tries it on two of them.
 
