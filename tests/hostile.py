@@ -1,4 +1,6 @@
-"""Submissions that mean harm, and one that doesn't: `python tests/hostile.py`, 264 s on a busy machine.
+"""Submissions that mean harm, and one that doesn't: `python tests/hostile.py`.
+
+It took 264 s on a machine that did much else.
 
 Each hostile one hands in a wrong `add_noise` that wants its points nevertheless, or the grader's
 end, and a right `gaussian_log_prob` behind it in the same file. It must get 0 of 2 points for the
