@@ -713,7 +713,7 @@ def main(argv=None):
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except (UserError, MemoryError, RuntimeError) as error:
-        text, signs = str(error), ("MemoryError", "out of memory", "allocate memory")
+        text, signs = str(error), ("MemoryError", "out of memory", "allocate", "bad_alloc")
         full = any(sign in repr(error) for sign in signs)
         rank, world = ddpo.processes()
         # so that torchrun does not end this process before its line comes through

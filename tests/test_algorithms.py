@@ -42,16 +42,17 @@ def test_kl_of_weight_0_is_ddpo(tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("lora", [[], ["--lora-rank", "2", "--lr", "0.02"]], ids=["full", "lora"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_kl_is_0_at_the_base_and_holds_the_policy_there(lora, precision, tmp_path):
+@pytest.mark.parametrize(
+    "options", [["--precision", "bf16"], ["--lora-rank", "2", "--lr", "0.02"]], ids=["bf16", "lora"]
+)
+def test_kl_is_0_at_the_base_and_holds_the_policy_there(options, tmp_path):
     """Before the first update the policy is the base; a heavy penalty then keeps it near."""
-    options = [*lora, "--precision", precision, "--algorithm", KL, "--epochs", "1"]
+    options = [*options, "--algorithm", KL, "--epochs", "1"]
     one_update = ["--batch-size", "4", "--set", "kl_weight=1"]
     run(tmp_path / "first", *options, *one_update)
     assert metrics(tmp_path / "first")[0]["kl_to_base"] == 0
     free, held = tmp_path / "free", tmp_path / "held"
-    options += ["--samples-per-epoch", "32", "--clip-range", "1"]
+    options += ["--samples-per-epoch", "16", "--clip-range", "1"]
     run(free, *options, "--set", "kl_weight=0")
     run(held, *options, "--set", "kl_weight=1e6")
     assert 0 < metrics(held)[0]["kl_to_base"] < 0.7 * metrics(free)[0]["kl_to_base"]

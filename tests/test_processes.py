@@ -573,7 +573,7 @@ def check(pool, uninterrupted, kind, lives, tmp_path):
     return hits
 
 
-@pytest.mark.parametrize("kind, count", [("full", 10), ("lora", 3)])
+@pytest.mark.parametrize("kind, count", [("full", 6), ("lora", 3)])
 def test_a_run_killed_at_any_moment_goes_on_to_the_bit(kind, count, pool, uninterrupted, tmp_path):
     rng, seconds = random.Random(0), uninterrupted[kind][1]
     lives = [[seconds * (n + rng.random()) / count] for n in range(count)]

@@ -69,10 +69,12 @@ FIRST_CELL = f"""\
 !grep -v torch requirements.txt > /tmp/requirements.txt && pip install -q -r /tmp/requirements.txt
 import sys
 
+import matplotlib
 import torch
 import transformers
 from IPython.display import Image
 
+matplotlib.use("agg")  # figures are shown once, from their files
 sys.path += ["tutorial", "tutorial/zoo"]
 print(sys.version, torch.__version__, transformers.__version__)"""
 

@@ -20,6 +20,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,6 +38,20 @@ RATES = {  # reward: epochs, learning rates
 SEEDS, SEARCH_SEED = (0, 1, 2), 3
 QUERIES = 512  # reward queries of a cell and of a curve
 COST = 0.15  # the share of pictures, in the judge's eyes, that a winner may lose
+PLUGGED = f"--algorithm '{HERE}/algorithms"
+FASTER = {  # after the paper: what a variant's runs have in common, learning rates, epochs
+    "ddpo-is": ("--algorithm ddpo-is", ("2e-4", "4e-4", "8e-4"), 20),
+    "ddpo-is, clip x 4": ("--algorithm ddpo-is --clip-range 0.0256", ("4e-4", "8e-4"), 0),
+    "ddpo-equal": ("--algorithm ddpo-equal", ("2e-4", "4e-4", "8e-4"), 12),
+    "some steps": (f"{PLUGGED}/some_steps.py:SomeSteps' --set K=4", ("2e-4", "4e-4", "8e-4"), 20),
+    "matching": (
+        f"{PLUGGED}/awm.py:AdvantageWeightedMatching' --clip-range 0.02 --warmup 8",
+        ("5e-5", "1e-4", "2e-4"),
+        20,
+    ),
+}
+FASTER_SEEDS = (4, 5, 6)
+COSTS = ("queries", "seconds", "judge")
 SMOKE = "--epochs 2 --steps 2 --samples-per-epoch 32 --eval-samples 4 "
 SMOKE += "--micro-batch 32 --sample-batch 32"
 
@@ -333,12 +348,99 @@ def rewards(out, quick):
     return figure, table(header, rows)
 
 
+def faster_search(out, quick):
+    """Each variant's learning rate for the aesthetic reward -> {variant: settings}, a table."""
+    winners, rows, few = {}, [], slice(1 if quick else None)
+    for name, (common, values, _) in list(FASTER.items())[few]:
+        cells, outcomes = [f"{common} --lr {rate}" for rate in values[few]], []
+        for settings, rate in zip(cells, values):
+            length = SMOKE if quick else "--epochs 10"
+            arguments = f"{ZOO} --reward aesthetic {settings} --seed {SEARCH_SEED} {length}"
+            folder = out / "faster" / f"{name.replace(' ', '-')}_{rate}"
+            outcomes.append(outcome(run(folder, arguments)))
+        winner = best(outcomes)
+        winners[name] = cells[winner]
+        for i, found in enumerate(outcomes):
+            mark = "**chosen**" if i == winner else ""
+            rows.append([name, f"`--lr {values[i]}`", *found.texts(), mark])
+    return winners, table(["variant", "learning rate", *GAINS, ""], rows)
+
+
+def crossing(xs, ys, level):
+    """Where the broken line through the points first reaches a level; None if it never does."""
+    for x_0, y_0, x_1, y_1 in zip(xs, ys, xs[1:], ys[1:]):
+        if y_0 < level <= y_1:
+            return x_0 + (level - y_0) / (y_1 - y_0) * (x_1 - x_0)
+    return None
+
+
+def means(runs, key):
+    """What the fixed pictures gave, averaged over runs of several seeds: one number a time."""
+    seen = [[line[key] for line in lines if key in line] for lines in runs]
+    return [statistics.mean(at) for at in zip(*seen)]
+
+
+def seconds_an_epoch(runs):
+    """Of sampling, reward and training: the median over all epochs."""
+    parts = ("seconds_sampling", "seconds_reward", "seconds_training")
+    lines = [line for lines in runs for line in lines]
+    return statistics.median(sum(line[part] for part in parts) for line in lines)
+
+
+def faster_row(name, runs, level):
+    """A variant's row of the table; `level`: the gain that is to be reached."""
+    queries, gains = means(runs, "eval_queries"), means(runs, "eval_gain_sd")
+    judge, each = means(runs, "eval_judged_right_mean"), seconds_an_epoch(runs)
+    needed, row = crossing(queries, gains, level), [name, f"{queries[-1]:.0f}"]
+    ends = [[line for line in lines if "eval_queries" in line][-1] for lines in runs]
+    row += [spread([line["eval_gain_sd"] for line in ends], 2), f"{judge[0]:.0%} → {judge[-1]:.0%}"]
+    row += [f"{means(runs, 'eval_truth_mean')[-1]:.2f}"]
+    row += [f"{means(runs, 'eval_diversity')[-1]:.2f}", f"{each:.1f}"]
+    if needed is None:
+        return [*row, "never", "", ""]
+    seconds = needed / runs[0][0]["reward_queries"] * each
+    return [*row, f"{needed:.0f}", f"{seconds:.0f}", f"{np.interp(needed, queries, judge):.0%}"]
+
+
+def faster(out, quick):
+    """What came after the paper, on the aesthetic reward: gain against queries and seconds.
+
+    Seeds are the outer loop, so that a machine's moods meet all variants.
+    """
+    winners, searched = faster_search(out, quick)
+    few, runs = slice(1 if quick else None), {}
+    for seed in FASTER_SEEDS[few]:
+        for name, settings in winners.items():
+            epochs = FASTER[name][2]
+            length = SMOKE if quick else f"--epochs {epochs} --eval-every 4"
+            arguments = f"{ZOO} --reward aesthetic {settings} --seed {seed} {length}"
+            folder = out / "faster" / f"{name.replace(' ', '-')}_seed{seed}"
+            if epochs:
+                runs.setdefault(name, []).append(lines_of(run(folder, arguments)))
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.set(xlabel="reward queries", ylabel="gain, standard deviations of the base")
+    right.set(xlabel="seconds of sampling, reward and training")
+    for name, several in runs.items():
+        queries, gains = means(several, "eval_queries"), means(several, "eval_gain_sd")
+        each = seconds_an_epoch(several) / several[0][0]["reward_queries"]
+        left.plot(queries, gains, "o-", label=name)
+        right.plot([each * n for n in queries], gains, "o-")
+    left.legend()
+    level = means(runs["ddpo-is"], "eval_gain_sd")[-1]
+    header = ["variant", "queries", "gain, sd of the base", "judge", "truth", "diversity"]
+    header += ["seconds an epoch", *[f"{what} at {level:.2f}" for what in COSTS]]
+    rows = [faster_row(name, several, level) for name, several in runs.items()]
+    return figure, f"{searched}\n\n{table(header, rows)}"
+
+
 EXPERIMENTS = {
     "rates": rates,
     "rewards": rewards,
     "search": only_search,
     "fig4": fig4,
     "fig10": fig10,
+    "faster": faster,
 }
 
 

@@ -152,9 +152,10 @@ def main():
     shown = tokenizer.tokenize("a kangaroo on a red background, washing dishes")
     print(f"{len(tokenizer)} tokens; {shown}")
     net = make_model(tokenizer).to(options.device)
+    size = 16 if options.quick else BATCH
 
     def loss(net, rng):
-        pixels, words = examples(rng, art, BATCH)
+        pixels, words = examples(rng, art, size)
         return contrastive_loss(logits(net, tokenizer, pixels, words, options.device), words)
 
     @torch.no_grad()

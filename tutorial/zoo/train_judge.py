@@ -193,12 +193,12 @@ def begin(zoo, device):
 def main():
     options = data.options(__doc__)
     art, device = data.load_art(options.zoo), options.device
-    count, few = (128, 64) if options.quick else (DRAWN, 1024)
+    count, few, size = (128, 64, 16) if options.quick else (DRAWN, 1024, BATCH)
     pixels, labels = drawn_by_networks(options.zoo, art, torch.device(device), count)
     fresh, drawn = (pixels[:few], labels[:few]), (pixels[few:], labels[few:])
 
     def loss(net, rng):
-        pictures, labels = batch(rng, art, drawn, BATCH)
+        pictures, labels = batch(rng, art, drawn, size)
         logits = net(data.to_tensor(pictures, device))
         return F.cross_entropy(logits, labels.to(device), label_smoothing=0.05)
 

@@ -156,12 +156,12 @@ def main():
     torch.manual_seed(2000)
     processor = make_processor()
     net = make_model(processor.tokenizer, options.zoo / "clip").to(device)
-    asked = question(processor).to(device)
+    asked, size = question(processor).to(device), 16 if options.quick else BATCH
 
     def loss(net, rng):
-        pixels, answers = examples(rng, art, BATCH)
+        pixels, answers = examples(rng, art, size)
         told = answer_tokens(processor.tokenizer, answers).to(device)
-        ids = torch.cat([asked.expand(BATCH, -1), told], dim=1)
+        ids = torch.cat([asked.expand(size, -1), told], dim=1)
         logits = net(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

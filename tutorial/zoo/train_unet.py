@@ -121,8 +121,8 @@ def load_policy(folder, vae, device):
     )
 
 
-def make_loss(policy, latents, captions):
-    """The denoising loss with min-SNR weights: loss(net, rng) -> scalar."""
+def make_loss(policy, latents, captions, size):
+    """The denoising loss of `size` pictures with min-SNR weights: loss(net, rng) -> scalar."""
     device = policy.device
     distinct = sorted({"", *captions})
     place = {caption: i for i, caption in enumerate(distinct)}
@@ -132,10 +132,10 @@ def make_loss(policy, latents, captions):
     weights = snr.clamp(max=5) / snr
 
     def loss(net, rng):
-        i = torch.as_tensor(rng.integers(len(latents), size=BATCH))
-        t = torch.as_tensor(rng.integers(1000, size=BATCH)).to(device)
-        x_0, noise = latents[i].to(device), torch.randn(BATCH, 4, 8, 8).to(device)
-        dropped = torch.as_tensor(rng.random(BATCH) < DROP)
+        i = torch.as_tensor(rng.integers(len(latents), size=size))
+        t = torch.as_tensor(rng.integers(1000, size=size)).to(device)
+        x_0, noise = latents[i].to(device), torch.randn(size, 4, 8, 8).to(device)
+        dropped = torch.as_tensor(rng.random(size) < DROP)
         caption = torch.where(dropped, place[""], index[i]).to(device)
         eps = net(add_noise(x_0, noise, alphas_bar[t]), t, embeds[caption])
         return (expand(weights[t], eps) * (eps - noise) ** 2).mean()
@@ -160,7 +160,7 @@ def main():
     latents, captions = cached_latents(vae, options.zoo, device, pictures)
     print(f"{len(latents)} latents, std {latents.std():.3f}")
     policy = load_policy(folder, vae, torch.device(device))
-    loss = make_loss(policy, latents, captions)
+    loss = make_loss(policy, latents, captions, 16 if options.quick else BATCH)
     animals = data.ANIMALS[:3] if options.quick else data.ANIMALS
     name, rates, net = begin(folder, device)
 
