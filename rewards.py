@@ -147,8 +147,7 @@ class Llava:
     """
 
     def __init__(self, name, device, batch=16):
-        files = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-        folder = locate(name, "--vlm", files)
+        folder = locate(name, "--vlm", ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
         self.processor = loading("--vlm", name, transformers.LlavaProcessor, folder)
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
         cls = transformers.LlavaForConditionalGeneration
@@ -258,8 +257,7 @@ class BertScore:
     """
 
     def __init__(self, name, layer, device):
-        files = ["*.json", "*.txt", "*.safetensors", "*.bin", "*.model"]
-        folder = locate(name, "--bert", files)
+        folder = locate(name, "--bert", ["*.json", "*.txt", "*.safetensors", "*.bin", "*.model"])
         self.tokenizer = loading("--bert", name, transformers.AutoTokenizer, folder)
         cls = transformers.AutoModel
         self.net = loading("--bert", name, cls, folder, dtype=torch.float32).to(device)

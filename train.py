@@ -230,12 +230,11 @@ def model_settings(folder, given):
 def merge(given, folder, room=None):
     """The command line over ddpo.json over the paper's numbers, fitted to a card -> Config."""
     own, reward = model_settings(folder, given), given.get("reward", Config.reward)
-    lora = given.get("lora_rank")
+    lora = {"lr": 3e-4} if given.get("lora_rank") else {}  # App. C
     common = {**own.get("all", {}), **own.get(reward, {})}
     name = {**common, **given}.get("algorithm", Config.algorithm)
     settings = {"prompts": PROMPTS.get(reward, Config.prompts), **choose_algorithm(name).defaults}
-    settings.update({"lr": 3e-4} if lora else {})  # App. C
-    for part in (common, own.get("lora", {}) if lora else {}, own.get(name, {}), given):
+    for part in (lora, common, own.get("lora", {}) if lora else {}, own.get(name, {}), given):
         settings.update(part)  # the later one wins
     settings["algorithm"] = name
     path = folder / "unet" / "config.json"
@@ -427,9 +426,8 @@ def choose_model(given, device):
     """The model to load -> its name, its folder."""
     model = given.get("model", Config.model)
     if model == "auto":
-        cuda = device.type == "cuda"
-        model = "CompVis/stable-diffusion-v1-4" if cuda else "zoo"
-        print(f"model: {model}, since there is {'a' if cuda else 'no'} CUDA GPU (others: --model)")
+        model = "CompVis/stable-diffusion-v1-4" if device.type == "cuda" else "zoo"
+        print(f"model: {model}, since the device is {device} (others: --model)")
     return model, ZOO if model == "zoo" else unet.locate(model)
 
 
@@ -443,11 +441,10 @@ def choose_algorithm(name):
 
 def set_own(algorithm, texts):
     """--set name=value for the numbers and words among the algorithm's class attributes."""
-    own = type(algorithm)
     for text in texts or []:
         name, _, value = str(text).partition("=")
-        kind = type(getattr(own, name, None))
-        require(kind in (int, float, str), f"--set {text}: {own.__name__} has no such setting")
+        kind = type(getattr(algorithm, name, None))
+        require(kind in (int, float, str), f"--set {text}: the algorithm has no such setting")
         with refusing(f"--set {text}", ValueError):
             setattr(algorithm, name, kind(value))
 

@@ -796,10 +796,10 @@ BAD = [
     ("--resume", "--resume needs --out"),
     ("--metrics compressibility,nowhere.py:f", "nowhere.py:f"),
     ("--metrics incompressibility,incompressibility", "two are named incompressibility"),
-    ("--set x", "--set x: DDPO has no such setting"),
-    ("--set limit=3", "--set limit=3: DDPO has no such setting"),
+    ("--set x", "--set x: the algorithm has no such setting"),
+    ("--set limit=3", "--set limit=3: the algorithm has no such setting"),
     ("--set advantage_limit=high", "--set advantage_limit=high: could not convert string to float"),
-    ("--set defaults=3", "--set defaults=3: DDPO has no such setting"),
+    ("--set defaults=3", "--set defaults=3: the algorithm has no such setting"),
     ("--algorithm nowhere.py:X", "--algorithm nowhere.py:X"),
     ("--device hpu", "--device hpu: No module named"),
     (
@@ -1191,7 +1191,7 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
 
 def test_auto_is_the_zoo_without_a_gpu_and_says_so(capsys):
     assert train.choose_model({}, torch.device("cpu")) == ("zoo", train.ZOO)
-    assert "model: zoo, since there is no CUDA GPU" in capsys.readouterr().out
+    assert "model: zoo, since the device is cpu" in capsys.readouterr().out
     assert train.choose_model({"model": "zoo"}, torch.device("cpu")) == ("zoo", train.ZOO)
     assert capsys.readouterr().out == ""
 
