@@ -469,11 +469,10 @@ def prepare(given):
     c.out = c.out or str(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     out, used = Path(c.out), placed(c, folder)
     metadata = load_prompts(str(out / "prompts.jsonl") if c.resume else used.prompts)
-    prompts = list(metadata)
 
     policy = load_policy(folder, device, c)
     limit = policy.tokenizer.model_max_length
-    long = [prompt for prompt in prompts if len(policy.tokenizer(prompt).input_ids) > limit]
+    long = [prompt for prompt in metadata if len(policy.tokenizer(prompt).input_ids) > limit]
     if long:
         print(f"warning: {len(long)} prompts are read up to token {limit} only, as {long[0]!r}")
     algorithm = choose_algorithm(c.algorithm)(used)
@@ -484,7 +483,7 @@ def prepare(given):
     optimizer = torch.optim.AdamW(trained, c.lr, **options)
     scaler = torch.amp.GradScaler(device.type, enabled=c.precision == "fp16")
     rewards = load_rewards(used, device, metadata)
-    return Run(c, out, policy, algorithm, optimizer, scaler, prompts, metadata, *rewards)
+    return Run(c, out, policy, algorithm, optimizer, scaler, list(metadata), metadata, *rewards)
 
 
 def load_rewards(config, device, metadata):
@@ -707,6 +706,7 @@ def main(argv=None):
     try:
         run = prepare(given)
         loop(run)
+        gather(np.zeros(1))  # none ends before the first has written the last checkpoint
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except (UserError, MemoryError, RuntimeError) as error:
