@@ -208,8 +208,7 @@ class ChatServer:
                 reason = f"HTTP {error.code} {one_line(error.read().decode(errors='replace'))}"
             except Exception as error:  # a server may cause many kinds, and all mean the same
                 reason = f"{type(error).__name__}: {one_line(error)}"
-        tried = f"no answer from {path} in {self.tries} tries, is it up?"
-        raise UserError(f"--vlm-url {self.url}: {tried} The last: {reason}")
+        raise UserError(f"--vlm-url {self.url}: {self.tries} tries of {path} failed: {reason}")
 
     def describe(self, question, image):
         """The model's answer to a question about one picture, uint8 (H, W, 3)."""

@@ -372,8 +372,9 @@ def spread_prompts(prompts, count):
 def load_policy(folder, device, config):
     """A Stable Diffusion folder -> ddpo.Policy. Frozen weights have the precision asked for."""
     dtype, rank = PRECISIONS[config.precision], config.lora_rank
-    with refusing(f"--precision {config.precision}", RuntimeError):
-        torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    if dtype != torch.float32:
+        with refusing(f"--precision {config.precision}", RuntimeError):
+            torch.autocast(device.type, dtype)
     # fp32 is float32; else what stays float32 may use TF32
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32

@@ -339,7 +339,7 @@ def test_half_precision_where_a_device_has_none_is_refused_before_anything_is_lo
 ):
     """As torch says it of a card."""
 
-    def autocast(device, dtype, enabled):
+    def autocast(device, dtype):
         raise RuntimeError("Current CUDA Device does not support bfloat16. Please switch dtype")
 
     monkeypatch.setattr(torch, "autocast", autocast)

@@ -392,7 +392,7 @@ def test_lasting_trouble_ends_in_one_line(server, trouble, words, monkeypatch):
     assert f"--vlm-url {server.url}" in said and "\n" not in said
     asked = [body["messages"][0]["content"][0]["image_url"]["url"] for body in server.bodies]
     assert len(set(asked)) < 280  # the queue behind a failure is dropped
-    assert "in 5 tries" in said
+    assert "5 tries of chat/completions failed" in said
 
 
 def test_a_request_is_tried_again_after_growing_pauses(server, monkeypatch):
@@ -414,7 +414,7 @@ def test_after_a_failure_the_server_may_be_asked_again(server):
 def test_a_server_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(rewards.ChatServer, "pause", 0.01)
     said = refused(rewards.ChatServer, "http://127.0.0.1:9/v1", "any")
-    assert said.startswith("--vlm-url http://127.0.0.1:9/v1: no answer from models in 5 tries")
+    assert said.startswith("--vlm-url http://127.0.0.1:9/v1: 5 tries of models failed: ")
 
 
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://localhost", "", "http://a:b/v1"])
