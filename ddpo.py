@@ -36,7 +36,6 @@ and from the code:
 import math
 import os
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -133,9 +132,7 @@ class Policy:
 
     def autocast(self):
         """Half precision where it was asked for: around the networks, and around nothing else."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def network(self, x_t, timesteps, context):
         """The UNet, in the precision asked for: the `network` of `sample` and the losses."""
@@ -403,9 +400,8 @@ class DDPO(Algorithm):
         size, updates = settings.batch_size, settings.updates
         require(settings.eta > 0, "--eta 0: a step without noise has no policy gradient")
         require(not settings.no_cfg_training, "--no-cfg-training is for rwr and rwr-sparse only")
-        require(n % size == 0, f"--samples-per-epoch {n} must be a multiple of --batch-size {size}")
-        line = f"--updates {updates}: each picture is taken once, {n // size} updates of {size}"
-        require(updates == n // size, line)
+        line = f"--updates {updates} of --batch-size {size} do not take each of {n} pictures once"
+        require(updates * size == n, line)
 
     def weights(self, prompts, rewards):
         """The advantages of an epoch's samples, which are remembered."""
@@ -442,13 +438,10 @@ class DDPO(Algorithm):
 
     def metrics(self, logged):
         """How far the ratios are off 1, on either side, whether the clip is active or not."""
-        k, off_1 = logged["k"], (logged["log_ratio"].exp() - 1).abs()
-        outside = (off_1 > self.settings.clip_range).float()
-        by_step = [outside[k == step].mean() for step in k.unique()]
+        off_1 = (logged["log_ratio"].exp() - 1).abs()
         return {
             "approx_kl": 0.5 * logged["log_ratio"].square().mean(),
-            "clip_fraction": outside.mean(),
-            "clip_fraction_by_step": torch.stack(by_step),
+            "clip_fraction": (off_1 > self.settings.clip_range).float().mean(),
             "first_ratio_error": off_1.max(),  # `averaged` keeps that of the epoch's first update
         }
 
@@ -469,11 +462,9 @@ class DDPOScoreFunction(DDPO):
     @classmethod
     def settle(cls, settings, given):
         """A batch is the whole epoch."""
-        n, size = settings.samples_per_epoch, settings.batch_size
-        why = f"ddpo-sf takes one update an epoch, so all its samples ({n})"
-        require(size == n or "batch_size" not in given, f"--batch-size {size}: {why}")
-        settings.batch_size = n
+        settings.batch_size = given.get("batch_size", settings.samples_per_epoch)
         super().settle(settings, given)
+        require(settings.updates == 1, "ddpo-sf takes one update an epoch: leave out --batch-size")
 
     def estimator(self, log_prob, log_prob_old, advantages):
         """Without a ratio: that is logged all the same, and should be 1."""
@@ -662,22 +653,10 @@ def join(device):
     """Meet the other processes, each with its own device. torchrun says how, or a job queue."""
     if os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized():
         return
-    absent = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
-    line = f"WORLD_SIZE is set, but {', '.join(absent)} is not: start by torchrun, or unset it"
-    require(not absent, line)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))  # a slow reward is no death
-    dist.barrier()
-
-
-def leave():
-    """Wait for the other processes, so that none ends before the last checkpoint is written."""
-    if dist.is_initialized():
-        with together():
-            dist.barrier()
-        dist.destroy_process_group()
+    with refusing("WORLD_SIZE is set: start by torchrun, or unset it", ValueError):
+        dist.init_process_group(timeout=timedelta(hours=2))  # a slow reward is no death
 
 
 def together():

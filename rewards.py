@@ -38,11 +38,10 @@ import json
 import os
 import sys
 import time
-import traceback
 import urllib.request
 import warnings
 from collections.abc import Iterable, Mapping, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache, partial, wraps
 from multiprocessing.pool import ThreadPool
 from numbers import Real
@@ -117,21 +116,21 @@ class AestheticHead(nn.Module):
         return self.layers(embeds).squeeze(1)
 
 
-def load_head(name):
-    """An `AestheticHead` from a file, a folder or a hub id. Raises UserError."""
+def load_head(name, d):
+    """An `AestheticHead` for d numbers from a file, a folder or a hub id. Raises UserError."""
     path = Path(name)
     if not path.is_file():
         folder = locate(name, "--aesthetic-head", ["model.safetensors", "aesthetic-model.pth"])
         path = next(folder.glob("model.safetensors"), folder / "aesthetic-model.pth")
-    what = "LAION's predictor (layers.0 .2 .4 .6 .7, weight and bias)"
+    what = f"LAION's predictor (layers.0 .2 .4 .6 .7, weight and bias) on embeddings of {d} numbers"
     # a file of another kind may raise anything; of LAION's pickle only the tensors are read
     with refusing(f"--aesthetic-head {path} is not {what}", Exception):
         if path.suffix == ".safetensors":
             weights = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-        head = AestheticHead(weights["layers.0.weight"].shape[1])
-        head.load_state_dict({key: tensor.float() for key, tensor in weights.items()}, strict=True)
+        head = AestheticHead(d)
+        head.load_state_dict(weights)
     return head.eval()
 
 
@@ -148,13 +147,12 @@ class Llava:
     """
 
     def __init__(self, name, device, batch=16):
-        files = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-        folder = locate(name, "--vlm", files)
+        folder = locate(name, "--vlm", ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
         self.processor = loading("--vlm", name, transformers.LlavaProcessor, folder)
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
         cls = transformers.LlavaForConditionalGeneration
         self.net = loading("--vlm", name, cls, folder, dtype=dtype).to(device)
-        self.name, self.batch = name, batch
+        self.batch = batch
 
     @torch.no_grad()
     def __call__(self, images, question):
@@ -193,7 +191,6 @@ class ChatServer:
         self.key = os.environ.get("VLM_API_KEY", "").strip() or "none"
         listed = self.ask("models", lambda reply: [entry["id"] for entry in reply["data"]])
         self.model = model if model in listed or not listed else listed[0]
-        self.name = f"{self.model} at {self.url}"
 
     def ask(self, path, read, body=None):
         """What `read` finds in the server's reply to a GET, or to a POST of `body`."""
@@ -209,12 +206,9 @@ class ChatServer:
                     return read(json.load(reply))
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code} {one_line(error.read().decode(errors='replace'))}"
-                if error.code < 500 and error.code not in (408, 429):
-                    break  # our fault: asking again won't help
             except Exception as error:  # a server may cause many kinds, and all mean the same
                 reason = f"{type(error).__name__}: {one_line(error)}"
-        tried = f"no answer from {path} in {attempt + 1} of {self.tries} tries, is it up?"
-        raise UserError(f"--vlm-url {self.url}: {tried} The last: {reason}")
+        raise UserError(f"--vlm-url {self.url}: {self.tries} tries of {path} failed: {reason}")
 
     def describe(self, question, image):
         """The model's answer to a question about one picture, uint8 (H, W, 3)."""
@@ -262,8 +256,7 @@ class BertScore:
     """
 
     def __init__(self, name, layer, device):
-        files = ["*.json", "*.txt", "*.safetensors", "*.bin", "*.model"]
-        folder = locate(name, "--bert", files)
+        folder = locate(name, "--bert", ["*.json", "*.txt", "*.safetensors", "*.bin", "*.model"])
         self.tokenizer = loading("--bert", name, transformers.AutoTokenizer, folder)
         cls = transformers.AutoModel
         self.net = loading("--bert", name, cls, folder, dtype=torch.float32).to(device)
@@ -320,23 +313,16 @@ def diversity(embeds, prompts):
 def make_aesthetic(settings, device):
     """`aesthetic` with its models, CLIP on `device`. Raises UserError."""
     clip = clip_embedder(settings.clip, device)
-    head = load_head(settings.aesthetic_head)
-    wanted, given = head.layers[0].in_features, clip.net.config.projection_dim
-    sizes = f"wants embeddings of {wanted} numbers, --clip {settings.clip} gives {given}"
-    require(wanted == given, f"--aesthetic-head {settings.aesthetic_head} {sizes}")
+    head = load_head(settings.aesthetic_head, clip.net.config.projection_dim)
     return partial(aesthetic, clip=clip, head=head)
 
 
 def make_alignment(settings, device):
     """`alignment` with its models on `device`, or behind --vlm-url. Raises UserError."""
-    question = settings.vlm_question
-    hint = "leave <image> out, the picture goes in by itself"
-    require("<image>" not in question, f"--vlm-question {question!r}: {hint}")
     score = BertScore(settings.bert, settings.bert_layer, device)
     url, vlm = settings.vlm_url, settings.vlm
     describe = ChatServer(url, vlm) if url else Llava(vlm, device)
-    print(f"alignment: described by {describe.name}, scored by {settings.bert}")
-    return partial(alignment, describe=describe, score=score, question=question)
+    return partial(alignment, describe=describe, score=score, question=settings.vlm_question)
 
 
 REWARDS = {  # name: maker(settings of train.py, device) -> reward
@@ -350,40 +336,30 @@ REWARDS = {  # name: maker(settings of train.py, device) -> reward
 @contextmanager
 def restored():
     """Run anybody's code: what it likely flips for the whole process is flipped back."""
-    folder, threads, dtype = os.getcwd(), torch.get_num_threads(), torch.get_default_dtype()
-    device, matmul = torch.get_default_device(), torch.get_float32_matmul_precision()
-    try:
-        with torch.set_grad_enabled(torch.is_grad_enabled()), np.errstate():
-            yield
-    finally:
-        os.chdir(folder)
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        torch.set_default_device(None if device.type == "cpu" else device)
-        torch.set_float32_matmul_precision(matmul)
+    device = torch.get_default_device()
+    with ExitStack() as back, torch.set_grad_enabled(torch.is_grad_enabled()), np.errstate():
+        back.callback(os.chdir, os.getcwd())
+        back.callback(torch.set_num_threads, torch.get_num_threads())
+        back.callback(torch.set_default_dtype, torch.get_default_dtype())
+        back.callback(torch.set_default_device, None if device.type == "cpu" else device)
+        back.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        yield
 
 
 def load_object(spec, flag, known):
-    """What "file.py:name", the value of `flag`, names. Raises UserError, with the line at fault.
+    """What "file.py:name", the value of `flag`, names. Raises UserError; not for the file's errors.
 
     The file is imported as Python would, once, its folder last on sys.path. known: other values.
     """
     require(".py:" in spec, f"{flag} {spec}: neither {', '.join(known)} nor file.py:name")
     file, _, wanted = spec.rpartition(":")
     path = Path(file).resolve()
-    found = path.suffix == ".py" and path.is_file()
-    require(found, f"{flag} {spec}: there is no such file; needed: file.py:name")
+    require(path.is_file(), f"{flag} {spec}: there is no such file; needed: file.py:name")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     importlib.invalidate_caches()  # of folders: the file may be new in one
-    try:
-        with restored():
-            module = importlib.import_module(path.stem)
-    except (Exception, SystemExit) as error:  # it is the user's code: any
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [f"line {frame.lineno}: " for frame in frames if frame.filename == str(path)]
-        said = f"{''.join(lines[-1:])}{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{flag} {spec}: {said}") from error
+    with restored():
+        module = importlib.import_module(path.stem)
     given = Path(getattr(module, "__file__", None) or "").resolve()
     require(given == path, f"{flag} {spec}: rename it, {path.stem} is another module's name")
     require(hasattr(module, wanted), f"{flag} {spec}: {path} defines no {wanted!r}")
@@ -398,8 +374,7 @@ def make_reward(name, settings, device, flag="--reward", metadata=None):
     if name in REWARDS:
         return REWARDS[name](settings, device)
     reward = load_object(name, flag, REWARDS)
-    require(callable(reward), f"{flag} {name}: that is not a function")
-    with refusing(f"{flag} {name}", TypeError, ValueError):  # of those written in C
+    with refusing(f"{flag} {name}", TypeError, ValueError):  # no function, or one written in C
         third = [*inspect.signature(reward).parameters.values()][2:3]
     if all(p.kind >= p.VAR_POSITIONAL or p.default is not p.empty for p in third):
         return reward
@@ -413,10 +388,10 @@ def make_reward(name, settings, device, flag="--reward", metadata=None):
 
 
 def listed(values):
-    """Anything that has an order, tensors and generators too, as a list; None for all else."""
+    """Anything that has an order, tensors and generators too, as a list; [] for all else."""
     values = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(values, Iterable) or isinstance(values, (str, bytes, Mapping, Set)):
-        return None
+        return []
     return [value.tolist() if hasattr(value, "tolist") else value for value in values]
 
 
@@ -434,10 +409,9 @@ def checked(reward, images, prompts):
         scores = listed(given)
         shown = {key: listed(values) for key, values in shown.items()}
     who = f"the reward {one_line(getattr(reward, '__name__', reward))} must"
-    right = scores is not None and len(scores) == B
-    right = right and all(isinstance(x, Real) and abs(x) <= sys.float_info.max for x in scores)
-    said = f"it gave {one_line(given if scores is None else scores)}"
-    require(right, f"{who} give one finite number for each of {B} pictures; {said}")
-    odd = [key for key, values in shown.items() if values is None or len(values) != B]
+    right = all(isinstance(x, Real) and abs(x) <= sys.float_info.max for x in scores)
+    said = f"{who} give one finite number for each of {B} pictures; it gave {one_line(given)}"
+    require(right and len(scores) == B, said)
+    odd = [key for key, values in shown.items() if len(values) != B]
     require(not odd, f"{who} show one thing for each of {B} pictures as {odd}")
     return np.array(scores, dtype=np.float64), shown

@@ -192,7 +192,7 @@ class NoiseSchedule:
         """From the numbers of a diffusers scheduler config, whatever class it names (v1.4's: PNDM).
 
         A file that is silent on `clip_sample` counts as False, as SD's; diffusers' DDIM takes True.
-        Raises UserError.
+        Its timestep_spacing, a sampler's choice, is not used. Raises UserError.
         """
         with_fields(config, KNOWN_FIELDS)
         first = number(config, "beta_start", 1e-9, 0.9999)
@@ -211,15 +211,8 @@ class NoiseSchedule:
     def from_folder(cls, folder):
         """From `folder`/scheduler_config.json. Raises UserError."""
         path = Path(folder) / "scheduler_config.json"
-        config = read_json(path)
-        if config.get("timestep_spacing", "leading") != "leading":  # the choice of a sampler
-            print(f"{path}: its timestep_spacing is not used, but leading, the paper's")
         with refusing(path, UserError):
-            return cls.from_config(config)
-
-    def to(self, device):
-        """The same schedule on another device."""
-        return NoiseSchedule(self.alphas_bar.to(device), self.final_alpha_bar, self.steps_offset)
+            return cls.from_config(read_json(path))
 
 
 class Sampler:
@@ -231,14 +224,13 @@ class Sampler:
     """
 
     def __init__(self, schedule, T, eta):
-        N = len(schedule.alphas_bar)
+        N, device = len(schedule.alphas_bar), schedule.alphas_bar.device
         require(1 <= T <= N, f"--steps {T}: between 1 and {N} denoising steps are possible")
         self.schedule, self.T, self.eta = schedule, T, eta
         self.stride, offset = N // T, schedule.steps_offset
         first = (T - 1) * self.stride + offset
         require(first < N, f"--steps {T}: with steps_offset {offset}, timestep {first} of {N}")
-        ascending = torch.arange(offset, first + 1, self.stride, device=schedule.alphas_bar.device)
-        self.timesteps = ascending.flip(0)
+        self.timesteps = torch.arange(first, offset - 1, -self.stride, device=device)
 
     def alpha_bar(self, timesteps):
         """alpha_bar at each timestep and at the next one of sampling. (B,) -> (B,), (B,)."""

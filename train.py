@@ -32,12 +32,13 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
 
 import ddpo
 import unet
 from ddpo import ALGORITHMS, gather, share
 from rewards import REWARDS, checked, clip_embedder, diversity, load_object, make_reward
-from scheduler import NoiseSchedule, Sampler, UserError, read_json, refusing, require
+from scheduler import NoiseSchedule, Sampler, UserError, number, read_json, refusing, require
 
 HERE = Path(__file__).parent
 ZOO = HERE / "tutorial" / "zoo" / "stable-diffusion"
@@ -106,12 +107,12 @@ def train_epoch(run, records, prompts, weights, epoch):
         optimizer.param_groups[0]["lr"] = c.lr * min(1, n / (c.warmup + 1))
         updates.append(ddpo.optimizer_step(run.policy, algorithm, optimizer, batch, *limits))
     optimizer.zero_grad()  # room for sampling: 3.4 GB of SD v1.4
-    ratios = ("approx_kl", "clip_fraction", "clip_fraction_by_step", "first_ratio_error")
+    ratios = ("approx_kl", "clip_fraction", "first_ratio_error")
     return {**dict.fromkeys(ratios), **ddpo.averaged(updates)}
 
 
-def setting(default, help, rules="", least=None, most=10**6):
-    """A field of `Config`. least, most: the bounds of a number; by default any above 0."""
+def setting(default, help, rules="", least=1, most=10**6):
+    """A field of `Config`. least, most: the bounds of a number."""
     # rules: "free", it may differ after --resume; "user", a model's ddpo.json may not set it
     metadata = {"help": help, "rules": rules, "least": least, "most": most}
     return dataclasses.field(default=default, metadata=metadata)
@@ -125,7 +126,9 @@ class Config:
     algorithm: str = setting("ddpo-is", f"{', '.join(ALGORITHMS)}, or file.py:Class")
     set: list = setting(None, "name=value, of the algorithm's own; may be repeated", "user")
     model: str = setting("auto", "auto, zoo, a hub id, or a diffusers folder", "user free")
-    unet: str = setting(None, "start from a UNet or LoRA (merged without --lora-rank)", "user free")
+    unet: str = setting(
+        None, "start from the UNet, or LoRA of --lora-rank, in this folder", "user free"
+    )
     prompts: str = setting("imagenet-animals", "a named set, or a text or .jsonl file, a line each")
 
     epochs: int = setting(50, "rounds of sampling and training", "free")
@@ -134,14 +137,14 @@ class Config:
     steps: int = setting(50, "denoising steps T (paper: 50)")
     eta: float = setting(1.0, "DDIM's noise: 1 as DDPM; 0 has no policy gradient", least=0, most=1)
     guidance: float = setting(5.0, "guidance weight w (paper: 5.0)", least=0)
-    lr: float = setting(1e-5, "AdamW's learning rate (paper: 1e-5; LoRA 3e-4)", "free")
+    lr: float = setting(1e-5, "AdamW's learning rate (paper: 1e-5; LoRA 3e-4)", "free", least=0)
     warmup: int = setting(0, "updates over which lr rises to its value (paper: 0)", least=0)
     weight_decay: float = setting(1e-4, "AdamW's weight decay (paper: 1e-4)", least=0)
-    max_grad_norm: float = setting(1.0, "gradient clipping (paper: 1.0)")
-    clip_range: float = setting(1e-4, "DDPO_IS: how far a ratio may leave 1 (paper: 1e-4)")
+    max_grad_norm: float = setting(1.0, "gradient clipping (paper: 1.0)", least=0)
+    clip_range: float = setting(1e-4, "DDPO_IS: how far a ratio may leave 1 (paper: 1e-4)", least=0)
     batch_size: int = setting(None, "pictures an update (paper: 64; DDPO_SF 256; RWR 128)")
     updates: int = setting(None, "RWR: updates an epoch (paper: 400); DDPO: each picture once")
-    beta: float = setting(0.2, "RWR: inverse temperature, per unit of reward (paper: 0.2)")
+    beta: float = setting(0.2, "RWR: inverse temperature, per unit of reward (paper: 0.2)", least=0)
     percentile: float = setting(0.9, "RWR-sparse: keep rewards from it on", least=0, most=1)
     no_cfg_training: bool = setting(False, "RWR: train the unguided prediction (App. E.1)")
     history_size: int = setting(32, "rewards of a prompt to normalise by (code: 32)")
@@ -224,57 +227,47 @@ def model_settings(folder, given):
     return own
 
 
-def model_algorithm(given, folder):
-    """The algorithm given, else the model's for this reward, else the paper's -> its name."""
-    own, reward = model_settings(folder, given), given.get("reward", Config.reward)
-    settings = {**own.get("all", {}), **own.get(reward, {}), **given}
-    return settings.get("algorithm", Config.algorithm)
-
-
-def merge(given, folder, algorithm, room=None):
+def merge(given, folder, room=None):
     """The command line over ddpo.json over the paper's numbers, fitted to a card -> Config."""
-    own = model_settings(folder, given)
-    reward, name = given.get("reward", Config.reward), given.get("algorithm", Config.algorithm)
-    lora = "lora" if given.get("lora_rank") else None
-    settings = {"prompts": PROMPTS.get(reward, Config.prompts), **algorithm.defaults}
-    if lora:
-        settings["lr"] = 3e-4  # App. C
-    for part in ("all", reward, lora, name):  # the later one wins
-        settings.update(own.get(part, {}))
-    settings.update(given)
+    own, reward = model_settings(folder, given), given.get("reward", Config.reward)
+    lora = {"lr": 3e-4} if given.get("lora_rank") else {}  # App. C
+    common = {**own.get("all", {}), **own.get(reward, {})}
+    name = {**common, **given}.get("algorithm", Config.algorithm)
+    settings = {"prompts": PROMPTS.get(reward, Config.prompts), **choose_algorithm(name).defaults}
+    for part in (lora, common, own.get("lora", {}) if lora else {}, own.get(name, {}), given):
+        settings.update(part)  # the later one wins
+    settings["algorithm"] = name
     path = folder / "unet" / "config.json"
     config = read_json(path) if room and path.is_file() else {}  # not fetched yet: SD v1.x
     with refusing(path, TypeError, LookupError, ArithmeticError):  # of what is no UNet's
-        return fitted(settings, room, algorithm, config) if room else Config(**settings)
+        return fitted(settings, room, config) if room else Config(**settings)
 
 
-def memory_needed(c, algorithm, unet_config):
+def memory_needed(c, unet_config):
     """Bytes at an epoch's peak, as tests/memory.py counts them for SD v1.x."""
     width = unet_config.get("block_out_channels", [1280])[-1] / 1280
-    number, side = 4 if c.precision == "fp32" else 2, unet_config.get("sample_size", 64)
+    size, side = 4 if c.precision == "fp32" else 2, unet_config.get("sample_size", 64)
     parameters, pixels = 860e6 * width**2, (side / 64) ** 2
     here = c.reward == "alignment" and c.vlm == Config.vlm and not (c.vlm_url or c.reward_device)
-    networks = parameters * (number if c.lora_rank else 20 - number)
-    networks += 207e6 * number + 304e6 * 4 + 22e9 * here  # VAE and text encoder; CLIP; LLaVA
-    states = 1 if issubclass(algorithm, ddpo.RWR) else c.steps + 1
+    networks = parameters * (size if c.lora_rank else 20 - size)
+    networks += 207e6 * size + 304e6 * 4 + 22e9 * here  # VAE and text encoder; CLIP; LLaVA
+    states = 1 if issubclass(choose_algorithm(c.algorithm), ddpo.RWR) else c.steps + 1
     kept = 4 * c.samples_per_epoch * (states * 4 * side**2 + 77 * 768) / ddpo.processes()[1]
-    pair = 0.18e9 * number if c.grad_checkpointing else 1.25e9 + 0.65e9 * number
+    pair = 0.18e9 * size if c.grad_checkpointing else 1.25e9 + 0.65e9 * size
     training = c.micro_batch * pair * width * pixels
-    sampling = (0.3e9 + c.sample_batch * (0.5e9 + 0.08e9 * number)) * pixels
+    sampling = (0.3e9 + c.sample_batch * (0.5e9 + 0.08e9 * size)) * pixels
     return networks + kept + max(training, sampling - (0 if c.lora_rank else 4 * parameters))
 
 
-def fitted(fixed, room, algorithm, unet_config):
+def fitted(fixed, room, unet_config):
     """The settings `fixed`, and others that leave a tenth of the room free -> Config."""
-    memory, rank = f"the card's {room[0] / 1e9:.0f} GB", fixed.get("lora_rank", 0)
-    for lora, precision, (saving, batch) in itertools.product((rank, 4), ("fp32", room[1]), WAYS):
+    for precision, (saving, batch) in itertools.product(("fp32", room[1]), WAYS):
         batch = fixed.get("micro_batch", fixed.get("sample_batch", batch))
-        free = dict(zip(FITTED, (precision, saving, batch, batch)))
-        c = Config(**{**free, **fixed, "lora_rank": lora})
-        if set(FITTED) <= set(fixed) or memory_needed(c, algorithm, unet_config) < 0.9 * room[0]:
-            require(lora == rank, f"{memory} do not hold the whole UNet: add --lora-rank 4")
+        c = Config(**{**dict(zip(FITTED, (precision, saving, batch, batch))), **fixed})
+        if set(FITTED) <= set(fixed) or memory_needed(c, unet_config) < 0.9 * room[0]:
             return c
-    raise UserError(f"{memory} are too few even for --lora-rank 4: try --vlm-url or --model zoo")
+    less = "--vlm-url or --model zoo" if c.lora_rank else "--lora-rank 4"
+    raise UserError(f"the card's {room[0] / 1e9:.0f} GB are too few: try {less}")
 
 
 def card(device):
@@ -284,21 +277,16 @@ def card(device):
         return torch.cuda.get_device_properties(device).total_memory, half
 
 
-def check(config, given, algorithm):
+def check(config, given):
     """Fill in what the algorithm decides, and refuse what cannot be. Raises UserError."""
     c, world = config, ddpo.processes()[1]
     for name, f in FIELDS.items():
-        value, least, most = getattr(c, name), f.metadata["least"], f.metadata["most"]
-        if f.type in (int, float) and value is not None:
-            bound = "above 0" if least is None else f"at least {least}"
-            fits = abs(value) < math.inf and (value > 0 if least is None else value >= least)
-            require(fits, f"{flag(name)} {value}: must be finite and {bound}")
-            require(value <= most, f"{flag(name)} {value}: at most {most}")
-    algorithm.settle(c, given)
+        if f.type in (int, float) and getattr(c, name) is not None:
+            least, most = f.type(f.metadata["least"]), f.metadata["most"]
+            number({flag(name): getattr(c, name)}, flag(name), least, most)
+    choose_algorithm(c.algorithm).settle(c, given)
     n, each, fixed = c.samples_per_epoch, c.samples_per_prompt, c.eval_samples // 2 * 2
     require(c.precision in PRECISIONS, f"--precision {c.precision}: fp32, bf16 or fp16")
-    few = f"--min-count {c.min_count} is more than --history-size {c.history_size}"
-    require(c.min_count <= c.history_size, few)
     require(n % each == 0, f"--samples-per-epoch {n}: no multiple of --samples-per-prompt ({each})")
     sizes = f"--samples-per-epoch {n}, --batch-size {c.batch_size} and --eval-samples {fixed}"
     fits = n % world == c.batch_size % world == fixed % world == 0
@@ -307,12 +295,10 @@ def check(config, given, algorithm):
 
 def placed(settings, folder):
     """A copy of the settings; what begins with ../ is a path, made whole, seen from the folder."""
-    whole = dict(vars(settings))
+    whole, above = dict(vars(settings)), folder.resolve().parent
     for name, text in whole.items():
-        if isinstance(text, str) and "../" in text:
-            items = text.split(",")
-            items = [str((folder / i).resolve()) if i.startswith("../") else i for i in items]
-            whole[name] = ",".join(items)
+        if isinstance(text, str):  # --metrics has several, separated by commas
+            whole[name] = f",{text}".replace(",../", f",{above}/")[1:]
     return type(settings)(**whole)
 
 
@@ -347,7 +333,7 @@ def choose_device(name, option="--device"):
 
 
 def load_prompts(name):
-    """The lines of a named set or a file, each once -> list of str, or of dict from .jsonl."""
+    """The lines of a named set or a file, each once -> {prompt: its line, as a dict}."""
     named = {path.stem: path for path in sorted(PROMPT_SETS.glob("*.txt"))}
     neither = f"neither a file that can be read nor one of {', '.join(named)}"
     with refusing(f"--prompts {name}: {neither}", OSError, ValueError):
@@ -356,7 +342,7 @@ def load_prompts(name):
     lines = list(dict.fromkeys(line.strip() for line in text.split("\n") if line.strip()))
     require(lines, f"--prompts {name}: no prompt in it; one prompt a line")
     if not name.endswith(".jsonl"):
-        return lines
+        return {line: {"prompt": line} for line in lines}
     entries = {}
     for line in lines:
         needed = f'--prompts {name}: needed is {{"prompt": "a cat", ...}}, not {line[:80]}'
@@ -364,9 +350,9 @@ def load_prompts(name):
             entry = json.loads(line)
             prompt = entry["prompt"].strip()
             prompt.encode()
-        require(prompt not in ("", *entries), f"{needed}: blank, or there already")
+        require(prompt and prompt not in entries, f"{needed}: blank, or there already")
         entries[prompt] = {**entry, "prompt": prompt}
-    return list(entries.values())
+    return entries
 
 
 def draw_prompts(prompts, samples, repeats, rng):
@@ -385,8 +371,6 @@ def spread_prompts(prompts, count):
 
 def load_policy(folder, device, config):
     """A Stable Diffusion folder -> ddpo.Policy. Frozen weights have the precision asked for."""
-    from transformers import CLIPTextModel, CLIPTokenizer
-
     dtype, rank = PRECISIONS[config.precision], config.lora_rank
     if dtype != torch.float32:
         with refusing(f"--precision {config.precision}", RuntimeError):
@@ -394,14 +378,9 @@ def load_policy(folder, device, config):
     # fp32 is float32; else what stays float32 may use TF32
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
-    start = Path(config.unet or folder)
+    start = Path(config.unet or folder / "unet")
     lora = os.path.isfile(start / unet.LORA)
-    part = (folder if lora else start) / "unet"
-    if config.unet and not os.path.isdir(part):
-        part = start
-    folders = "such as RUN/checkpoints/000010, or of a UNet or a LoRA"
-    fits = os.path.isdir(part) and not os.path.isdir(start / "checkpoints")
-    require(fits or not config.unet, f"--unet {start}: give a folder {folders}")
+    part = folder / "unet" if lora else start
     net = unet.load(unet.UNet, part, dtype if rank else torch.float32)
     if rank:
         net = unet.add_lora(net, rank, config.seed)
@@ -412,12 +391,11 @@ def load_policy(folder, device, config):
     net = net.to(device, memory_format=torch.channels_last if device.type == "cuda" else None)
     vae = unet.load(unet.VAE, folder / "vae", dtype).requires_grad_(False)
     vae = vae.to(device, memory_format=torch.channels_last)
-    schedule = NoiseSchedule.from_folder(folder / "scheduler").to(device)
+    schedule = NoiseSchedule.from_folder(folder / "scheduler")
+    schedule.alphas_bar = schedule.alphas_bar.to(device)
     sampler = Sampler(schedule, config.steps, config.eta)
     encoder = unet.loading("--model", folder, CLIPTextModel, folder / "text_encoder", dtype=dtype)
     encoder = encoder.to(device).requires_grad_(False)
-    fits = net.config["cross_attention_dim"] == encoder.config.hidden_size
-    require(fits, f"{start}: its UNet is made for another text encoder than {folder}'s")
     tokenizer = unet.loading("--model", folder, CLIPTokenizer, folder / "tokenizer")
     limit = encoder.config.max_position_embeddings
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit)  # absent: 1e30
@@ -439,7 +417,6 @@ class Run:
     rewards: dict  # {"reward", and what is watched: functions (images, prompts) -> scores}
     clip: object  # rewards.ClipEmbedder, or None
     left: str = ""  # of the run's time, for the progress bars
-    lock: object = None  # of the folder: any end of the process ends it
 
     def checkpoints(self):
         """The folders of the whole checkpoints, oldest first."""
@@ -450,9 +427,8 @@ def choose_model(given, device):
     """The model to load -> its name, its folder."""
     model = given.get("model", Config.model)
     if model == "auto":
-        cuda = device.type == "cuda"
-        model = "CompVis/stable-diffusion-v1-4" if cuda else "zoo"
-        print(f"model: {model}, since there is {'a' if cuda else 'no'} CUDA GPU (others: --model)")
+        model = "CompVis/stable-diffusion-v1-4" if device.type == "cuda" else "zoo"
+        print(f"model: {model}, since the device is {device} (others: --model)")
     return model, ZOO if model == "zoo" else unet.locate(model)
 
 
@@ -466,15 +442,12 @@ def choose_algorithm(name):
 
 def set_own(algorithm, texts):
     """--set name=value for the numbers and words among the algorithm's class attributes."""
-    cls = type(algorithm)
-    members = [(name, type(getattr(cls, name))) for name in dir(cls) if name[0] != "_"]
-    kinds = {name: kind for name, kind in members if kind in (int, float, str)}
-    known = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
     for text in texts or []:
         name, _, value = str(text).partition("=")
-        line = f"--set {text}: {cls.__name__} knows {known or 'none'}"
-        with refusing(line, KeyError, ValueError):
-            setattr(algorithm, name, kinds[name](value))
+        kind = type(getattr(algorithm, name, None))
+        require(kind in (int, float, str), f"--set {text}: the algorithm has no such setting")
+        with refusing(f"--set {text}", ValueError):
+            setattr(algorithm, name, kind(value))
 
 
 def prepare(given):
@@ -484,31 +457,26 @@ def prepare(given):
     ddpo.join(device)
     if ddpo.processes()[0]:
         sys.stdout = open(os.devnull, "w")  # one voice is enough
-    algorithm = choose_algorithm(given.get("algorithm", Config.algorithm))
     room, wanted = card(device), given.get("model", Config.model)
-    if room and wanted != "zoo" and not os.path.isdir(wanted):
-        merge(given, Path(wanted), algorithm, room)  # is refused before gigabytes are fetched
+    if wanted != "zoo" and not os.path.isdir(wanted):
+        merge(given, Path(wanted), room)  # is refused before gigabytes are fetched
     model, folder = choose_model(given, device)
-    given = {**given, "model": model, "algorithm": model_algorithm(given, folder)}
-    algorithm = choose_algorithm(given["algorithm"])
-    c = merge(given, folder, algorithm, room)
+    c = merge({**given, "model": model}, folder, room)
     if room:
         chosen = ", ".join(f"{name} {getattr(c, name)}" for name in FITTED)
         print(f"for {room[0] / 1e9:.0f} GB: {chosen} (other than fp32, numbers change)")
-    check(c, given, algorithm)
+    check(c, given)
     name = f"{c.reward.rpartition(':')[2]}-{c.algorithm.rpartition(':')[2]}"
     c.out = c.out or str(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     out, used = Path(c.out), placed(c, folder)
-    lines = load_prompts(str(out / "prompts.jsonl") if c.resume else used.prompts)
-    metadata = {line["prompt"]: line for line in lines if isinstance(line, dict)}
-    prompts = list(metadata or lines)
+    metadata = load_prompts(str(out / "prompts.jsonl") if c.resume else used.prompts)
 
     policy = load_policy(folder, device, c)
     limit = policy.tokenizer.model_max_length
-    long = [prompt for prompt in prompts if len(policy.tokenizer(prompt).input_ids) > limit]
+    long = [prompt for prompt in metadata if len(policy.tokenizer(prompt).input_ids) > limit]
     if long:
         print(f"warning: {len(long)} prompts are read up to token {limit} only, as {long[0]!r}")
-    algorithm = algorithm(used)
+    algorithm = choose_algorithm(c.algorithm)(used)
     set_own(algorithm, c.set)
     algorithm.setup(policy)
     trained = [p for p in policy.unet.parameters() if p.requires_grad]
@@ -516,18 +484,17 @@ def prepare(given):
     optimizer = torch.optim.AdamW(trained, c.lr, **options)
     scaler = torch.amp.GradScaler(device.type, enabled=c.precision == "fp16")
     rewards = load_rewards(used, device, metadata)
-    return Run(c, out, policy, algorithm, optimizer, scaler, prompts, metadata, *rewards)
+    return Run(c, out, policy, algorithm, optimizer, scaler, list(metadata), metadata, *rewards)
 
 
 def load_rewards(config, device, metadata):
     """{"reward": the one to learn, and those to watch by their names}, and CLIP, or None."""
     device = choose_device(config.reward_device or str(device), "--reward-device")
     rewards = {"reward": make_reward(config.reward, config, device, metadata=metadata)}
-    specs, taken = config.metrics.split(","), ("epoch", "prompts", "reward", "rewards", "shown")
-    for spec in [spec.strip() for spec in specs if spec.strip() not in ("", config.reward)]:
+    specs = [spec.strip() for spec in config.metrics.split(",")]
+    for spec in [spec for spec in specs if spec not in ("", config.reward)]:
         name = spec.rpartition(":")[2]
-        line = f"--metrics {config.metrics}: names must differ, also from {', '.join(taken)}"
-        require(name not in (*rewards, *taken), line)
+        require(name not in rewards, f"--metrics {config.metrics}: two are named {name}")
         rewards[name] = make_reward(spec, config, device, "--metrics", metadata)
     try:
         return rewards, clip_embedder(config.clip, device)
@@ -542,12 +509,12 @@ def loop(run):
     if writes:
         with writing(out), refusing(f"{out}: another run is at work in it", Timeout):
             (out / "samples").mkdir(parents=True, exist_ok=True)
-            run.lock = FileLock(out / "lock", timeout=0, is_singleton=True)
-            run.lock.acquire()
+            lock = FileLock(out / "lock", timeout=0, is_singleton=True)
+            lock.acquire()  # any end of the process ends it
     start = read_checkpoint(run) if c.resume and run.checkpoints() else 0
     require(start < c.epochs, f"--epochs {c.epochs}: the run in {out} has {start} behind it")
     if writes:
-        write_json(out / "prompts.jsonl", [run.metadata.get(p, {"prompt": p}) for p in run.prompts])
+        write_json(out / "prompts.jsonl", list(run.metadata.values()))
         write_json(out / "config.json", dataclasses.asdict(c))  # last: with it --resume is possible
         write_json(out / "metrics.jsonl", read_lines(out / "metrics.jsonl", before=start))
     sizes = f"of {c.samples_per_epoch} pictures in updates of {c.batch_size}"
@@ -567,8 +534,7 @@ def loop(run):
 
 def progress(batches, text, total):
     """The batches, with a progress bar of the first process on a terminal."""
-    quiet = True if ddpo.processes()[0] else None
-    return tqdm(batches, text, total, leave=False, disable=quiet)
+    return tqdm(batches, text, total, leave=False, disable=ddpo.processes()[0] > 0 or None)
 
 
 def evaluate(run, epoch):
@@ -585,8 +551,8 @@ def evaluate(run, epoch):
     with writing(path):
         grid(images).save(path)
     lists = {name: values.tolist() for name, values in scores.items()}
-    record = {"epoch": epoch, "prompts": prompts, "rewards": lists.pop("reward"), **lists}
-    write_json(path.with_suffix(".json"), {**record, "shown": shown})
+    fixed = {"epoch": epoch, "prompts": prompts, "rewards": lists.pop("reward"), "shown": shown}
+    write_json(path.with_suffix(".json"), {**lists, **fixed})
     base = np.array(read_json(path.with_name("epoch_0000.json"))["rewards"])
     gain = scores["reward"] - base
     error = gain.std(ddof=1) / len(gain) ** 0.5  # of the mean; the pictures are paired
@@ -602,10 +568,11 @@ def evaluate(run, epoch):
 def grid(images):
     """Pictures (B, H, W, 3) in rows, each at most 256 pixels wide -> PIL image."""
     side, tile = math.ceil(len(images) ** 0.5), min(images.shape[1], 256)
-    tiles = [np.asarray(Image.fromarray(image).resize((tile, tile))) for image in images]
-    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % side)
-    rows = [np.hstack(tiles[i : i + side]) for i in range(0, len(tiles), side)]
-    return Image.fromarray(np.vstack(rows))
+    sheet = Image.new("RGB", (side * tile, math.ceil(len(images) / side) * tile))
+    for i, image in enumerate(images):
+        row, column = divmod(i, side)
+        sheet.paste(Image.fromarray(image).resize((tile, tile)), (column * tile, row * tile))
+    return sheet
 
 
 def write_checkpoint(run, epoch):
@@ -617,7 +584,7 @@ def write_checkpoint(run, epoch):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         if run.config.lora_rank:
-            unet.save_lora(run.policy.unet, aside)
+            unet.save_tensors(unet.lora_weights(run.policy.unet), aside / unet.LORA)
         else:
             unet.save(run.policy.unet, aside / "unet")
         tensors = {f"{i}.{name}": x for i, m in moments.items() for name, x in m.items()}
@@ -740,7 +707,9 @@ def main(argv=None):
     try:
         run = prepare(given)
         loop(run)
-        ddpo.leave()
+        gather(np.zeros(1))  # none ends before the first has written the last checkpoint
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except (UserError, MemoryError, RuntimeError) as error:
         text, signs = str(error), ("MemoryError", "out of memory", "allocate", "bad_alloc")
         full = any(sign in repr(error) for sign in signs)

@@ -181,28 +181,22 @@ class VAEAttention(Attention):
         return x + super().forward(tokens).transpose(1, 2).reshape(x.shape)
 
 
-class Downsample(nn.Module):
+class Downsample(nn.Sequential):
     """A convolution of stride 2, padded all around by 1, or by 0 as the VAE's: right and below."""
 
     def __init__(self, dim, padding=1):
         super().__init__()
+        self.pad = nn.Identity() if padding else nn.ZeroPad2d((0, 1, 0, 1))
         self.conv = nn.Conv2d(dim, dim, 3, stride=2, padding=padding)
 
-    def forward(self, x):
-        if self.conv.padding == (0, 0):
-            x = F.pad(x, (0, 1, 0, 1))
-        return self.conv(x)
 
-
-class Upsample(nn.Module):
+class Upsample(nn.Sequential):
     """Nearest neighbours, then a convolution. (B, dim, h, w) -> (B, dim, 2h, 2w)."""
 
     def __init__(self, dim):
         super().__init__()
+        self.upsample = nn.Upsample(scale_factor=2.0, mode="nearest")
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Block(nn.Module):
@@ -238,7 +232,7 @@ def chained(channels, layers):
 
 def levels(c_ins, channels, resnet, resampler, attention=None, attends=()):
     """A Block a level, in order of computation; `c_ins`: the channels that its ResNets take in."""
-    blocks = nn.ModuleList()
+    blocks = nn.Sequential()
     for i, (ins, c) in enumerate(zip(c_ins, channels)):
         resnets = [resnet(c_in, c) for c_in in ins]
         attentions = [attention(c) for _ in ins if i in attends]
@@ -257,15 +251,16 @@ class UNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = with_fields(config, KNOWN_FIELDS, in_channels=4, out_channels=4)
-        self.gradient_checkpointing = False
         channels, layers, groups = sizes(config)
-        down, up = attends(config, "Down", len(channels)), attends(config, "Up", len(channels))
+        lowest = len(channels) - 1  # has no attention
+        down = [*["CrossAttnDownBlock2D"] * lowest, "DownBlock2D"]
+        up = ["UpBlock2D", *["CrossAttnUpBlock2D"] * lowest]
+        known = {**KNOWN_FIELDS, "down_block_types": down, "up_block_types": up}
+        self.config = with_fields(config, known, in_channels=4, out_channels=4)
+        self.gradient_checkpointing = False
         context_dim = number(config, "cross_attention_dim", 1, MOST)
         heads = number(config, "attention_head_dim", 1, MOST)  # so the files call it
-        fits = math.gcd(*channels) % heads == 0
-        require(fits, f"attention_head_dim = {heads} must divide each of {channels}")
-        side, multiple = number(config, "sample_size", 1, 512), 2 ** (len(channels) - 1)
+        side, multiple = number(config, "sample_size", 1, 512), 2**lowest
         require(side % multiple == 0, f"sample_size = {side} must be a multiple of {multiple}")
         eps = number(config, "norm_eps", 1e-12, 1.0, default=1e-5)
         first, last, time_dim = channels[0], channels[-1], 4 * channels[0]
@@ -276,13 +271,13 @@ class UNet(nn.Module):
         linear_1, linear_2 = nn.Linear(first, time_dim), nn.Linear(time_dim, time_dim)
         self.time_embedding = nn.ModuleDict({"linear_1": linear_1, "linear_2": linear_2})
         c_ins = chained(channels, layers)
-        self.down_blocks = levels(c_ins, channels, resnet, Downsample, attention, down)
+        self.down_blocks = levels(c_ins, channels, resnet, Downsample, attention, range(lowest))
         self.mid_block = Block([resnet(last, last), resnet(last, last)], [attention(last)])
         # on the way up each layer takes a skip connection too, the last that of the level above
         channels = channels[::-1]
         neighbours = zip([last, *channels], channels, [*channels[1:], first])
         c_ins = [[a + c] + [c + c] * (layers - 1) + [c + b] for a, c, b in neighbours]
-        self.up_blocks = levels(c_ins, channels, resnet, Upsample, attention, up)
+        self.up_blocks = levels(c_ins, channels, resnet, Upsample, attention, range(1, lowest + 1))
         self.conv_norm_out = nn.GroupNorm(groups, first, eps)
         self.conv_out = nn.Conv2d(first, 4, 3, padding=1)
 
@@ -315,41 +310,33 @@ class UNet(nn.Module):
         return block.layer(i, *inputs)
 
 
-class Encoder(nn.Module):
-    """Pictures (B, 3, H, W) -> (B, 8, H/8, W/8) with four levels."""
+class Encoder(nn.Sequential):
+    """Pictures (B, 3, H, W) -> (B, 8, H/8, W/8) with four levels, by these parts in order."""
 
     def __init__(self, channels, layers, groups):
         super().__init__()
         c, resnet = channels[-1], partial(ResnetBlock, groups=groups, eps=1e-6)
         downsample = partial(Downsample, padding=0)
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
-        blocks = levels(chained(channels, layers), channels, resnet, downsample)
-        self.down_blocks = nn.Sequential(*blocks)
+        self.down_blocks = levels(chained(channels, layers), channels, resnet, downsample)
         self.mid_block = Block([resnet(c, c), resnet(c, c)], [VAEAttention(c, groups)])
         self.conv_norm_out = nn.GroupNorm(groups, c, 1e-6)
+        self.act = nn.SiLU()
         self.conv_out = nn.Conv2d(c, 8, 3, padding=1)
 
-    def forward(self, images):
-        x = self.mid_block(self.down_blocks(self.conv_in(images)))
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-
-class Decoder(nn.Module):
+class Decoder(nn.Sequential):
     """Latents (B, 4, h, w) -> (B, 3, 8h, 8w) with four levels, lowest resolution first."""
 
     def __init__(self, channels, layers, groups):
         super().__init__()
         c, resnet = channels[0], partial(ResnetBlock, groups=groups, eps=1e-6)
         self.conv_in = nn.Conv2d(4, c, 3, padding=1)
-        blocks = levels(chained(channels, layers), channels, resnet, Upsample)
-        self.up_blocks = nn.Sequential(*blocks)
         self.mid_block = Block([resnet(c, c), resnet(c, c)], [VAEAttention(c, groups)])
+        self.up_blocks = levels(chained(channels, layers), channels, resnet, Upsample)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], 1e-6)
+        self.act = nn.SiLU()
         self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
-
-    def forward(self, latents):
-        x = self.up_blocks(self.mid_block(self.conv_in(latents)))
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class VAE(nn.Module):
@@ -394,16 +381,6 @@ def sizes(config):
     needed = f"1 to 8 multiples of 2 and of norm_num_groups = {groups}, at most {MOST}"
     require(fits, f"block_out_channels = {reprlib.repr(channels)}; needed: {needed}")
     return channels, layers, groups
-
-
-def attends(config, way, levels):
-    """The numbers of a UNet's blocks on the `way` "Down" or "Up" that have attention -> list."""
-    name, known = f"{way.lower()}_block_types", [f"{way}Block2D", f"CrossAttn{way}Block2D"]
-    kinds = config.get(name)
-    fits = type(kinds) is list and len(kinds) == levels and all(kind in known for kind in kinds)
-    needed = f"{' or '.join(known)}, {levels} as there are block_out_channels"
-    require(fits, f"{name} = {reprlib.repr(kinds)}; needed: {needed}")
-    return [i for i, kind in enumerate(kinds) if kind == known[1]]
 
 
 def load(cls, folder, dtype=torch.float32):
@@ -547,29 +524,16 @@ def lora_weights(net):
     return {f"unet.{name}": p.detach() for name, p in net.named_parameters() if "lora_" in name}
 
 
-def save_lora(net, folder):
-    """Write the LoRA alone: `folder`/pytorch_lora_weights.safetensors."""
-    save_tensors(lora_weights(net), Path(folder) / LORA)
-
-
 def load_lora(net, folder):
-    """A LoRA's file, diffusers' or peft's, into a LoRA of its rank; into other nets as W + B A."""
+    """A LoRA's file, diffusers' or peft's, into a network with a LoRA of its rank."""
     path, own, weights = Path(folder) / LORA, lora_weights(net), {}
     for name, w in read_tensors(path, torch.float32).items():
         name = name.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
         weights["unet." + name.removeprefix("unet.")] = w
     notes = str(safe_open(path, "pt").metadata())
     scales = re.findall(r'"(?:unet\.)?(?:r|lora_alpha)": (\d+\.?\d*)', notes)
-    plain = len({*map(float, scales)}) < 2 and all(re.search("lora_[AB]", n) for n in weights)
-    require(plain, f"{path} is no plain LoRA, its alpha its rank: see tutorial/real_sd.md")
     given, needed = ({name: w.shape for name, w in x.items()} for x in (weights, own))
-    other = f"{path} holds a LoRA of another network or rank; without --lora-rank it is merged"
-    require(given == needed or not own, other)
+    fits = given == needed and len({*map(float, scales)}) < 2
+    require(fits, f"{path} is no LoRA of this rank, its alpha: see tutorial/real_sd.md")
     for name, w in own.items():
         w.copy_(weights[name])
-    layers = {f"unet.{name}": w for name, w in net.state_dict().items()}
-    with refusing(f"{path} does not fit this UNet", LookupError, RuntimeError):
-        for name in [name for name in weights if ".lora_A." in name and not own]:
-            a, b = weights[name].flatten(1), weights[name.replace("_A.", "_B.")].flatten(1)
-            w = layers[name.replace(".lora_A.", ".")]
-            w += (b @ a).view_as(w)

@@ -22,7 +22,6 @@ from hypothesis import settings
 from PIL import Image
 
 import data
-import ddpo
 import scheduler
 import table
 import train
@@ -97,7 +96,7 @@ def zoo():
 @pytest.fixture(scope="session")
 def policy():
     """The zoo's, as train.py loads it."""
-    config = train.merge({"model": "zoo"}, train.ZOO, ddpo.DDPO)
+    config = train.merge({"model": "zoo"}, train.ZOO)
     return train.load_policy(train.ZOO, torch.device("cpu"), config)
 
 

@@ -303,7 +303,7 @@ def choice(given, precision):
     for lora in (0, 4):
         with contextlib.suppress(UserError):
             fixed = {"precision": precision, "lora_rank": lora}
-            return train.fitted(fixed, room, ddpo.DDPO, {})
+            return train.fitted(fixed, room, {})
     raise UserError("not even LoRA fits this card")
 
 
@@ -404,7 +404,7 @@ def memory_rows(given, ways):
     for lora, precision, checkpointing, m in ways:
         settings = {"precision": precision, "grad_checkpointing": checkpointing}
         c = train.Config(lora_rank=lora, micro_batch=m, sample_batch=m, **settings)
-        reckoned = train.memory_needed(c, ddpo.DDPO, {})
+        reckoned = train.memory_needed(c, {})
         if reckoned < 0.97 * room[0] and (precision != "bf16" or room[1] == "bf16"):
             way = (lora, precision, bool(checkpointing), m)
             tensors, taken = measured(given, *way)

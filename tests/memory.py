@@ -250,7 +250,7 @@ def cards(kept):
     for gigabytes, lora in itertools.product((6, 8, 12, 16, 20, 24, 40, 80), (0, 4)):
         trained = f"LoRA, `--lora-rank {lora}`" if lora else "full UNet"
         try:
-            c = fitted({"lora_rank": lora}, (gigabytes * 1e9, "bf16"), ddpo.DDPO, {})
+            c = fitted({"lora_rank": lora}, (gigabytes * 1e9, "bf16"), {})
         except UserError:
             print(f"| {gigabytes} GB | {trained} | does not fit: a line says so | | | |")
             continue

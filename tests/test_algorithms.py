@@ -61,7 +61,11 @@ def test_kl_is_0_at_the_base_and_holds_the_policy_there(options, tmp_path):
 def test_settings_of_an_algorithms_own_are_checked(tmp_path):
     """Unknown ones and words for numbers."""
     options = ["--algorithm", KL, "--out", str(tmp_path / "run")]
-    for text, words in (("kl=1", "kl_weight"), ("kl_weight=a", "float"), ("kl_weight", "float")):
+    for text, words in (
+        ("kl=1", "no such setting"),
+        ("kl_weight=a", "float"),
+        ("kl_weight", "float"),
+    ):
         assert words in refusal(train.main, tiny(*options, "--set", text))
     assert not (tmp_path / "run").exists()
 

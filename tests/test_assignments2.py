@@ -487,7 +487,7 @@ def project(tmp_path_factory):
     with torch.no_grad():
         for p in [p for p in net.parameters() if p.requires_grad]:
             p.add_(0.05 * torch.randn_like(p))
-    unet.save_lora(net, folder)
+    unet.save_tensors(unet.lora_weights(net), folder / unet.LORA)
     (folder / "reward.py").write_text(REWARD)
     (folder / "report.md").write_text("It became blue.")
     (folder / "config.json").write_text(json.dumps(said))

@@ -36,7 +36,7 @@ def home(tmp_path_factory):
     unet.save(net, folder / "runs" / "aesthetic" / "checkpoints" / "000016" / "unet")
     lora = folder / "runs" / "lora" / "checkpoints" / "000016"
     lora.mkdir(parents=True)
-    unet.save_lora(awaken(unet.add_lora(net, 4), 0.05), lora)
+    unet.save_tensors(unet.lora_weights(awaken(unet.add_lora(net, 4), 0.05)), lora / unet.LORA)
     return folder
 
 

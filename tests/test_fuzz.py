@@ -18,7 +18,6 @@ import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-import ddpo
 import rewards
 import train
 import unet
@@ -168,7 +167,7 @@ def network(cls):
 
 def reckoned(home):
     """By what fits a card, and then by what is loaded."""
-    train.merge({"lora_rank": 4}, home / "model", ddpo.DDPO, (16e9, "bf16"))
+    train.merge({"lora_rank": 4}, home / "model", (16e9, "bf16"))
     network(unet.UNet)(home)
 
 
@@ -192,7 +191,7 @@ def resumed(home):
 
 def prompts(home):
     found = train.load_prompts(str(home / "prompts.jsonl"))
-    assert found and all(line["prompt"].strip() for line in found)
+    assert found and all(prompt.strip() for prompt in found)
 
 
 def lines(home):
@@ -294,7 +293,7 @@ def lora(home):
 
 
 def head(home):
-    net = rewards.load_head(str(home / "tensors" / "head.safetensors"))
+    net = rewards.load_head(str(home / "tensors" / "head.safetensors"), 8)
     assert net(torch.ones(1, net.layers[0].in_features)).shape == (1,)
 
 
@@ -313,7 +312,7 @@ def tensors(request, home):
     path = home / request.param
     path.parent.mkdir(exist_ok=True)
     if path.name == unet.LORA and not path.exists():
-        unet.save_lora(lora_pair(2)[0], path.parent)
+        unet.save_tensors(unet.lora_weights(lora_pair(2)[0]), path.parent / unet.LORA)
     if path.name == "head.safetensors":
         unet.save_tensors(rewards.AestheticHead(8).state_dict(), path)
     content = path.read_bytes()

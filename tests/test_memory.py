@@ -18,7 +18,6 @@ from scheduler import UserError
 from test_train import refusal, resume, settings_of, small_model
 
 COUNTS = json.loads(KEPT.read_text())
-SD = (ddpo.DDPO, {})  # SD v1.x's UNet
 GRID = [*itertools.product((0, 4), ("fp32", "bf16"), (True, False), (1, 2, 4, 8))]
 CARDS = [6, 8, 12, 16, 20, 24, 40, 80]
 # GB -> precision, checkpointing, pictures at a time; by hand, from memory.json
@@ -73,7 +72,7 @@ def test_every_case_is_counted():
 
 @pytest.mark.parametrize("way", GRID, ids=[case(*way) for way in GRID])
 def test_what_is_reckoned_is_never_less_than_what_is_counted_nor_much_more(way):
-    ratio = train.memory_needed(config(*way), *SD) / counted(*way)
+    ratio = train.memory_needed(config(*way), {}) / counted(*way)
     assert 1 <= ratio < (1.15 if way[0] else 1.06)
 
 
@@ -82,13 +81,13 @@ def test_what_is_reckoned_is_never_less_than_what_is_counted_nor_much_more(way):
 def test_the_choice_leaves_a_tenth_of_a_card_by_the_counts(lora, gigabytes):
     expected = (LORA if lora else FULL).get(gigabytes)
     if expected is None:
-        line = f"the card's {gigabytes} GB do not hold the whole UNet: add --lora-rank 4"
+        line = f"the card's {gigabytes} GB are too few: try --lora-rank 4"
         with pytest.raises(UserError, match=line):
-            train.fitted({}, room(gigabytes), *SD)
+            train.fitted({}, room(gigabytes), {})
         least = min(counted(*way) for way in GRID if way[0] == lora)
         assert least > 0.9 * gigabytes * 1e9
         return
-    c = train.fitted({"lora_rank": lora}, room(gigabytes), *SD)
+    c = train.fitted({"lora_rank": lora}, room(gigabytes), {})
     precision, checkpointing, batch = expected
     assert chosen(c) == (precision, checkpointing, batch, batch)
     assert counted(lora, *expected) <= 0.9 * gigabytes * 1e9
@@ -97,7 +96,7 @@ def test_the_choice_leaves_a_tenth_of_a_card_by_the_counts(lora, gigabytes):
 def test_half_precision_is_that_of_the_card_and_fp32_goes_before_it():
     """A T4 has 15.8e9 bytes and no bf16; half precision is for cards that hold LoRA no otherwise"""
     for gigabytes, precision in ((6, "fp16"), (8, "fp16"), (9, "fp32"), (15.8, "fp32")):
-        c = train.fitted({"lora_rank": 4}, room(gigabytes, "fp16"), *SD)
+        c = train.fitted({"lora_rank": 4}, room(gigabytes, "fp16"), {})
         assert c.precision == precision and (c.grad_checkpointing or precision == "fp32")
 
 
@@ -107,27 +106,27 @@ def test_what_is_given_stays_and_batches_stay_equal(lora):
     values = {"precision": "fp16", "grad_checkpointing": True, "micro_batch": 2, "sample_batch": 1}
     for names in itertools.chain(*(itertools.combinations(values, n) for n in (1, 2, 3))):
         given = {name: values[name] for name in names}
-        c = train.fitted({**given, "lora_rank": lora}, room(24), *SD)
+        c = train.fitted({**given, "lora_rank": lora}, room(24), {})
         assert {name: getattr(c, name) for name in names} == given
         if not {"micro_batch", "sample_batch"} <= set(names):
             assert c.micro_batch == c.sample_batch
     too_much = {"precision": "fp32", "grad_checkpointing": False, "micro_batch": 64}
     whole = {**too_much, "sample_batch": 64, "lora_rank": lora}
-    assert chosen(train.fitted(whole, room(6), *SD)) == ("fp32", False, 64, 64)
-    with pytest.raises(UserError, match="the card's 6 GB are too few even for --lora-rank 4"):
-        train.fitted({**too_much, "lora_rank": lora}, room(6), *SD)
+    assert chosen(train.fitted(whole, room(6), {})) == ("fp32", False, 64, 64)
+    with pytest.raises(UserError, match="the card's 6 GB are too few: try "):
+        train.fitted({**too_much, "lora_rank": lora}, room(6), {})
 
 
-def needed(algorithm=ddpo.DDPO, width=1, side=64, **settings):
+def needed(width=1, side=64, **settings):
     config = {"block_out_channels": [int(1280 * width)], "sample_size": side}
-    return train.memory_needed(train.Config(**settings), algorithm, config)
+    return train.memory_needed(train.Config(**settings), config)
 
 
 def test_trajectories_resolutions_and_models_count(monkeypatch):
     """By hand. RWR keeps x_0 alone; a process its share; LLaVA is where it is."""
     picture = 4 * (51 * 4 * 64 * 64 + 77 * 768)
     assert needed(samples_per_epoch=1256) - needed() == pytest.approx(1000 * picture)
-    rwr = needed(ddpo.RWR, samples_per_epoch=1256) - needed(ddpo.RWR)
+    rwr = needed(algorithm="rwr", samples_per_epoch=1256) - needed(algorithm="rwr")
     assert rwr == pytest.approx(1000 * 4 * (4 * 64 * 64 + 77 * 768))
     high, low = (needed(side=side, samples_per_epoch=1) for side in (128, 64))
     activations = 8 * 3.85e9
@@ -153,8 +152,8 @@ def test_the_width_and_the_side_are_those_of_the_folder(tmp_path):
     for side, batch in ((64, 8), (128, 1)):
         config = {**memory.SD_UNET, "sample_size": side}
         (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
-        assert train.merge(given, tmp_path, ddpo.DDPO, room(16)).micro_batch == batch
-    before = train.merge(given, tmp_path / "nowhere", ddpo.DDPO, room(16))
+        assert train.merge(given, tmp_path, room(16)).micro_batch == batch
+    before = train.merge(given, tmp_path / "nowhere", room(16))
     assert before.micro_batch == 8
 
 
@@ -172,15 +171,15 @@ def test_what_cannot_fit_is_refused_before_it_is_fetched(monkeypatch, tmp_path, 
     monkeypatch.setattr(train, "choose_device", cuda)
     on_a_card(monkeypatch, 16)
     line = refusal(train.main, ["--reward", "aesthetic"])
-    assert line.endswith("the card's 16 GB do not hold the whole UNet: add --lora-rank 4")
+    assert line.endswith("the card's 16 GB are too few: try --lora-rank 4")
     fetching = "train.py: fetching CompVis/stable-diffusion-v1-4"
     assert refusal(train.main, ["--reward", "aesthetic", "--lora-rank", "4"]) == fetching
     assert refusal(train.main, ["--reward", "alignment", "--lora-rank", "4"]).endswith(
-        "are too few even for --lora-rank 4: try --vlm-url or --model zoo"
+        "are too few: try --vlm-url or --model zoo"
     )
     url = ["--vlm-url", "http://localhost/v1"]
     assert refusal(train.main, ["--reward", "alignment", "--lora-rank", "4", *url]) == fetching
-    assert "add --lora-rank 4" in refusal(train.main, ["--model", "some/one"])
+    assert "try --lora-rank 4" in refusal(train.main, ["--model", "some/one"])
     on_a_card(monkeypatch, 24)
     assert refusal(train.main, ["--reward", "aesthetic"]) == fetching
 
@@ -207,14 +206,14 @@ def test_the_choice_is_said_once_and_kept_and_the_run_goes_on_with_it(
 
 def test_without_a_card_nothing_changes(tmp_path):
     assert train.card(torch.device("cpu")) is None
-    c = train.merge({}, tmp_path, ddpo.DDPO, train.card(torch.device("cpu")))
+    c = train.merge({}, tmp_path, train.card(torch.device("cpu")))
     assert chosen(c) == ("fp32", False, 8, 8)
-    assert chosen(train.merge({"micro_batch": 2}, tmp_path, ddpo.DDPO)) == ("fp32", False, 2, 8)
+    assert chosen(train.merge({"micro_batch": 2}, tmp_path)) == ("fp32", False, 2, 8)
 
 
 def test_the_zoos_own_settings_stay_on_any_card():
     for gigabytes in CARDS:
-        c = train.merge({"model": "zoo"}, train.ZOO, ddpo.DDPO, room(gigabytes))
+        c = train.merge({"model": "zoo"}, train.ZOO, room(gigabytes))
         assert chosen(c) == ("fp32", False, 64, 64)
 
 

@@ -171,17 +171,12 @@ def test_models_of_other_kinds_are_called_what_they_are(kind, tmp_path):
 CLASSES = """
 PNDM DDIM DDPM EulerDiscrete UniPCMultistep DPMSolverMultistep DEISMultistep
 """.split()
-SPACINGS = {
-    "leading": "",
-    "linspace": "its timestep_spacing is not used",
-    "trailing": "its timestep_spacing is not used",
-}
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize("name", CLASSES)
 def test_schedulers_of_other_samplers_give_the_papers_timesteps_and_noise_levels(
-    name, spacing, tmp_path, capsys
+    name, spacing, tmp_path
 ):
     hub = {**SD, "skip_prk_steps": True}
     cls, pndm = (
@@ -197,8 +192,6 @@ def test_schedulers_of_other_samplers_give_the_papers_timesteps_and_noise_levels
     assert torch.equal(ours.alphas_bar, ddim.alphas_cumprod)
     assert ours.final_alpha_bar == ddim.final_alpha_cumprod
     assert torch.equal(Sampler(ours, 50, 1.0).timesteps, ddim.timesteps)
-    said = capsys.readouterr().out
-    assert SPACINGS[spacing] in said and bool(said) == (spacing != "leading")
 
 
 @pytest.mark.parametrize(
@@ -241,22 +234,20 @@ def pictures(folder, epoch):
 
 
 STARTS = {  # what is trained further, what of it is given, how
-    "a checkpoint": ("full", ".", []),
     "a UNet": ("full", "unet", []),
     "a UNet, with a LoRA on it": ("full", "unet", ["--lora-rank", "3"]),
     "a LoRA": ("lora", ".", ["--lora-rank", "2"]),
-    "a LoRA, merged": ("lora", ".", []),
 }
 
 
 @pytest.mark.parametrize("start", STARTS)
 def test_a_run_starts_from_what_another_has_trained(start, trained, tmp_path):
-    """Its first fixed pictures are the other's last: to the bit, but where a LoRA is merged."""
+    """Its first fixed pictures are the other's last, to the bit."""
     kind, part, options = STARTS[start]
     given = ["--unet", str(checkpoint(trained, kind) / part), *options]
     folder = run(tmp_path / "run", *given, "--epochs", "1")
     first, last = pictures(folder, 0), pictures(trained / kind, 2)
-    assert np.abs(first - last).max() <= (1 if "merged" in start else 0)
+    assert np.array_equal(first, last)
     assert np.abs(first - pictures(trained / kind, 0)).max() > 8
     assert metrics(folder)[0]["first_ratio_error"] == 0
     assert not np.array_equal(pictures(folder, 1), first)
@@ -264,7 +255,8 @@ def test_a_run_starts_from_what_another_has_trained(start, trained, tmp_path):
 
 def test_a_run_that_started_so_resumes_to_the_bit(trained, tmp_path):
     """A LoRA on a tuned UNet: the checkpoint holds the LoRA alone."""
-    options = ["--unet", str(checkpoint(trained, "full")), "--lora-rank", "2", "--lr", "0.02"]
+    start = checkpoint(trained, "full") / "unet"
+    options = ["--unet", str(start), "--lora-rank", "2", "--lr", "0.02"]
     whole = run(tmp_path / "whole", *options)
     run(tmp_path / "run", *options, "--epochs", "1")
     resume(tmp_path / "run", "--epochs", "2")
@@ -314,41 +306,44 @@ def close(one, other):
     return (one - other).abs().max() < 1e-5 * other.abs().max()
 
 
-@pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("save", [save_as_scripts_do, save_with_notes, save_adapter])
-def test_a_lora_of_diffusers_and_peft_is_taken(save, rank, tmp_path):
+def test_a_lora_of_diffusers_and_peft_is_taken(save, tmp_path):
     theirs = peft_unet()
     save(theirs, tmp_path)
-    ours = policy_of(small_model(), unet=str(tmp_path), lora_rank=rank).unet
+    ours = policy_of(small_model(), unet=str(tmp_path), lora_rank=3).unet
     assert close(outputs(ours), outputs(theirs))
     assert not close(outputs(ours), outputs(policy_of(small_model()).unet))
     names = {name for name, p in ours.named_parameters() if p.requires_grad}
-    assert all(("lora_" in name) == bool(rank) for name in names)
+    assert all("lora_" in name for name in names)
 
 
-def test_a_lora_of_other_layers_is_merged_too(tmp_path):
-    theirs = peft_unet(["to_k", "proj_in", "conv1", "conv_shortcut", "linear_1"])
-    save_as_scripts_do(theirs, tmp_path)
-    ours = policy_of(small_model(), unet=str(tmp_path)).unet
-    assert close(outputs(ours), outputs(theirs))
-    line = refusal(run, tmp_path / "run", "--unet", str(tmp_path), "--lora-rank", "3")
-    assert "of another network or rank; without --lora-rank it is merged" in line
+OTHER_LORA = "is no LoRA of this rank, its alpha: see tutorial/real_sd.md"
+
+
+def without_rank(folder):
+    save_adapter(peft_unet(), folder)
+    return [], OTHER_LORA
 
 
 def other_rank(folder):
     save_adapter(peft_unet(), folder)
-    return ["--lora-rank", "2"], "another network or rank; without --lora-rank it is merged"
+    return ["--lora-rank", "2"], OTHER_LORA
+
+
+def other_layers(folder):
+    save_as_scripts_do(peft_unet(["to_k", "proj_in", "conv1", "conv_shortcut"]), folder)
+    return ["--lora-rank", "3"], OTHER_LORA
 
 
 def other_alpha(folder):
     save_with_notes(peft_unet(alpha=6), folder)
-    return [], "no plain LoRA, its alpha its rank: see tutorial/real_sd.md"
+    return ["--lora-rank", "3"], OTHER_LORA
 
 
 def kohya(folder):
     layers = {f"unet.{name}": w for name, w in get_peft_model_state_dict(peft_unet()).items()}
     save_file(convert_state_dict_to_kohya(layers), folder / unet.LORA)
-    return [], "no plain LoRA, its alpha its rank: see tutorial/real_sd.md"
+    return ["--lora-rank", "3"], OTHER_LORA
 
 
 def text_encoder_too(folder):
@@ -358,7 +353,7 @@ def text_encoder_too(folder):
     words = {f"{name}.lora_{x}.weight": torch.ones(3, 3) for x in "AB"}
     save = StableDiffusionPipeline.save_lora_weights
     save(folder, unet_lora_layers=layers, text_encoder_lora_layers=words)
-    return [], f"does not fit this UNet: 'unet.text_encoder.{name}.weight'"
+    return ["--lora-rank", "3"], OTHER_LORA
 
 
 def half_a_pair(folder):
@@ -366,13 +361,13 @@ def half_a_pair(folder):
     name = next(name for name in layers if "lora_B" in name)
     del layers[name]
     save_file(layers, folder / unet.LORA)
-    return [], f"does not fit this UNet: 'unet.{name}'"
+    return ["--lora-rank", "3"], OTHER_LORA
 
 
 def other_widths(folder):
     layers = get_peft_model_state_dict(peft_unet())
     save_file({name: w[:, :1].contiguous() for name, w in layers.items()}, folder / unet.LORA)
-    return [], "does not fit this UNet: "
+    return ["--lora-rank", "3"], OTHER_LORA
 
 
 def no_lora(folder):
@@ -386,17 +381,13 @@ def nothing(folder):
 
 def a_run(folder):
     (folder / "checkpoints").mkdir()
-    return [], "give a folder such as RUN/checkpoints/000010, or of a UNet or a LoRA"
+    (folder / "config.json").write_text('{"epochs": 30}')
+    return [], "config.json is not the config of a UNet"
 
 
-def another_models(folder):
-    config = {**json.loads((small_model() / "unet" / "config.json").read_text())}
-    unet.save(unet.UNet({**config, "cross_attention_dim": 64}), folder)
-    return [], f"its UNet is made for another text encoder than {small_model()}'s"
-
-
-NO_STARTS = [other_rank, other_alpha, kohya, text_encoder_too, half_a_pair, other_widths]
-NO_STARTS += [no_lora, nothing, a_run, another_models]
+NO_STARTS = [without_rank, other_rank, other_layers, other_alpha, kohya, text_encoder_too]
+NO_STARTS += [half_a_pair, other_widths]
+NO_STARTS += [no_lora, nothing, a_run]
 
 
 @pytest.mark.parametrize("make", NO_STARTS)
@@ -410,7 +401,7 @@ def test_what_no_run_can_start_from_is_refused_in_one_line(make, tmp_path):
 @pytest.mark.parametrize("start", ["none", "a" * 5000, "nul\0"])
 def test_a_start_that_is_no_folder_is_refused(start, tmp_path):
     line = refusal(run, tmp_path / "run", "--unet", start)
-    assert f"--unet {start}: give a folder such as RUN/checkpoints/000010" in line
+    assert f"{start}/config.json is not the config of a UNet" in line
 
 
 @pytest.mark.parametrize("make", [other_alpha, kohya])

@@ -23,11 +23,11 @@ ANIMALS = """
 
 def test_common_animals_are_the_45_of_the_paper():
     assert len(ANIMALS) == len(set(ANIMALS)) == 45
-    assert load_prompts("common-animals") == ANIMALS
+    assert list(load_prompts("common-animals")) == ANIMALS
 
 
 def test_imagenet_animals_are_the_first_398_classes():
-    prompts = load_prompts("imagenet-animals")
+    prompts = list(load_prompts("imagenet-animals"))
     assert len(prompts) == len(set(prompts)) == 398
     assert prompts[:2] == ["tench, Tinca tinca", "goldfish, Carassius auratus"]
     assert prompts[207] == "golden retriever"
@@ -39,7 +39,7 @@ def test_imagenet_animals_are_the_first_398_classes():
 
 @pytest.mark.skipif(not PUBLISHED.is_file(), reason=f"{PUBLISHED} isn't here")
 def test_imagenet_animals_equal_the_published_list_line_by_line():
-    assert load_prompts("imagenet-animals") == PUBLISHED.read_text().splitlines()
+    assert list(load_prompts("imagenet-animals")) == PUBLISHED.read_text().splitlines()
 
 
 def test_activities_are_every_animal_doing_each_of_three_things():
@@ -48,7 +48,7 @@ def test_activities_are_every_animal_doing_each_of_three_things():
         article = "an" if animal == "ant" else "a"  # the only vowel among the 45
         for activity in ("washing dishes", "riding a bike", "playing chess"):
             expected.append(f"{article} {animal} {activity}")
-    assert load_prompts("animal-activities") == expected
+    assert list(load_prompts("animal-activities")) == expected
     assert len(expected) == len(set(expected)) == 135
 
 
@@ -68,7 +68,7 @@ def test_a_file_is_one_prompt_a_line_without_blank_lines_spaces_and_duplicates(t
     path = tmp_path / "prompts.txt"
     text = "  a cat\r\n\n \t\na dog, running \na cat\nein Bär; une fête\na dog, running"
     path.write_bytes(text.encode())
-    assert load_prompts(str(path)) == ["a cat", "a dog, running", "ein Bär; une fête"]
+    assert list(load_prompts(str(path))) == ["a cat", "a dog, running", "ein Bär; une fête"]
 
 
 @pytest.mark.parametrize(
@@ -105,13 +105,13 @@ def test_what_is_no_file_is_refused(tmp_path, name):
 
 def test_prompt_files_of_other_systems_are_read(tmp_path):
     (tmp_path / "bom.txt").write_bytes("\ufeffa cat\r\na dog\r\n".encode())
-    assert load_prompts(str(tmp_path / "bom.txt")) == ["a cat", "a dog"]
+    assert list(load_prompts(str(tmp_path / "bom.txt"))) == ["a cat", "a dog"]
 
 
 def test_a_file_is_cut_at_newlines_only(tmp_path):
     odd = "a cat\u2028on\u2029a\x0cred\x0bback\x1cground\x85here"
     (tmp_path / "odd.txt").write_bytes(f"{odd}\na dog\ra cow\r\n".encode())
-    assert load_prompts(str(tmp_path / "odd.txt")) == [odd, "a dog", "a cow"]
+    assert list(load_prompts(str(tmp_path / "odd.txt"))) == [odd, "a dog", "a cow"]
 
 
 def test_a_line_of_a_jsonl_file_is_a_prompt_and_whatever_else_it_says(tmp_path):
@@ -121,7 +121,7 @@ def test_a_line_of_a_jsonl_file_is_a_prompt_and_whatever_else_it_says(tmp_path):
         '{"prompt": "ein B\\u00e4r"}\n'
     )
     entries = [{"prompt": "two cats", "count": 2, "tags": ["a"]}, {"prompt": "ein Bär"}]
-    assert load_prompts(str(path)) == entries
+    assert list(load_prompts(str(path)).values()) == entries
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_the_papers_prompts_are_drawn_independently_and_uniformly():
 
 def test_evaluation_prompts_are_spread_over_the_whole_set():
     assert len(set(spread_prompts(ANIMALS, 64))) == 45
-    imagenet = load_prompts("imagenet-animals")
+    imagenet = list(load_prompts("imagenet-animals"))
     spread = spread_prompts(imagenet, 64)
     assert len(set(spread)) == 64
     assert spread[0] == imagenet[0] and spread[-1] in imagenet[390:]

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import rewards
+from helpers import HEARD
 from rewards import compressibility, incompressibility
 from scheduler import UserError
 
@@ -93,7 +94,7 @@ def test_the_head_is_five_affine_maps_in_a_row(head):
         bias = weights[f"layers.{i}.bias"].double()
         expected = torch.einsum("bd,od->bo", expected, weight) + bias
     for source in (path, path.parent):  # the file itself, or the folder that holds it
-        given = rewards.load_head(str(source))(x.float()).double()
+        given = rewards.load_head(str(source), 768)(x.float()).double()
         assert torch.allclose(given, expected[:, 0], rtol=1e-5, atol=1e-5)
 
 
@@ -123,7 +124,7 @@ def test_a_head_that_is_something_else_is_refused_in_one_line_and_not_run(head, 
         torch.save([1, 2], path)
     else:
         path.write_text("version https://git-lfs.github.com/spec/v1\n")
-    said = refused(rewards.load_head, str(path))
+    said = refused(rewards.load_head, str(path), 768)
     assert f"--aesthetic-head {path} is not LAION's predictor" in said
     assert not target.exists()
 
@@ -137,7 +138,7 @@ def test_the_malicious_pickle_would_have_run_elsewhere(head, tmp_path):
 
 
 def test_a_folder_without_a_head_is_refused(tmp_path):
-    said = refused(rewards.load_head, str(tmp_path))
+    said = refused(rewards.load_head, str(tmp_path), 768)
     assert said.startswith(f"--aesthetic-head {tmp_path}/aesthetic-model.pth is not LAION's")
 
 
@@ -155,7 +156,7 @@ def test_the_aesthetic_reward_is_the_head_on_clips_embedding_of_length_one(zoo):
     images = np.random.default_rng(0).integers(0, 256, (70, 64, 64, 3), dtype=np.uint8)
     clip = CLIPModel.from_pretrained(settings.clip, dtype=torch.float32)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    head = rewards.load_head(settings.aesthetic_head)
+    head = rewards.load_head(settings.aesthetic_head, 128)
     with torch.no_grad():
         embeds = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
         expected = head(embeds / embeds.norm(dim=1, keepdim=True)).numpy()
@@ -167,8 +168,8 @@ def test_a_head_for_another_clip_is_refused(zoo, head):
     path, _ = head
     settings = SimpleNamespace(clip=str(zoo.parent / "clip"), aesthetic_head=str(path))
     said = refused(rewards.make_reward, "aesthetic", settings, "cpu")
-    assert f"--aesthetic-head {path} wants embeddings of 768 numbers" in said
-    assert f"--clip {zoo.parent / 'clip'} gives " in said
+    assert f"--aesthetic-head {path} is not LAION's predictor" in said
+    assert "on embeddings of 128 numbers: " in said
 
 
 def test_the_aesthetic_score_is_its_models_applied_in_turn():
@@ -297,12 +298,6 @@ def test_alignment_is_the_recall_of_the_prompt_in_the_description(minilm):
     assert given.tolist() == recall.tolist() and given[0] > given[1]
 
 
-def test_a_question_with_a_placeholder_for_the_picture_is_refused():
-    settings = SimpleNamespace(vlm_question="<image> what is it?")
-    said = refused(rewards.make_reward, "alignment", settings, "cpu")
-    assert "--vlm-question '<image> what is it?': leave <image> out" in said
-
-
 def test_the_zoos_llava_describes_each_picture_by_itself(zoo, monkeypatch):
     """More pictures than one batch, in their order."""
     vlm = rewards.Llava(str(zoo.parent / "llava"), "cpu", batch=2)
@@ -397,9 +392,7 @@ def test_lasting_trouble_ends_in_one_line(server, trouble, words, monkeypatch):
     assert f"--vlm-url {server.url}" in said and "\n" not in said
     asked = [body["messages"][0]["content"][0]["image_url"]["url"] for body in server.bodies]
     assert len(set(asked)) < 280  # the queue behind a failure is dropped
-    final = trouble in (404, 401)
-    assert ("in 1 of 5 tries" if final else "in 5 of 5 tries") in said
-    assert not final or len(asked) == len(set(asked))  # our own fault: not asked twice
+    assert "5 tries of chat/completions failed" in said
 
 
 def test_a_request_is_tried_again_after_growing_pauses(server, monkeypatch):
@@ -413,7 +406,7 @@ def test_a_request_is_tried_again_after_growing_pauses(server, monkeypatch):
 
 def test_after_a_failure_the_server_may_be_asked_again(server):
     vlm = rewards.ChatServer(server.url, "tiny-vlm")
-    server.plan = [404]
+    server.plan = [404] * 5
     refused(vlm, wide(5), "?")
     assert vlm(wide(6), "?") == ["6 pixels of JPEG"]
 
@@ -421,7 +414,7 @@ def test_after_a_failure_the_server_may_be_asked_again(server):
 def test_a_server_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(rewards.ChatServer, "pause", 0.01)
     said = refused(rewards.ChatServer, "http://127.0.0.1:9/v1", "any")
-    assert said.startswith("--vlm-url http://127.0.0.1:9/v1: no answer from models in 5 of 5 tries")
+    assert said.startswith("--vlm-url http://127.0.0.1:9/v1: 5 tries of models failed: ")
 
 
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://localhost", "", "http://a:b/v1"])
@@ -525,17 +518,8 @@ def test_a_function_in_a_file_is_a_reward(written):
         ("x = 1", "mine.py", "neither compressibility, incompressibility, aesthetic, alignment"),
         ("x = 1", "mine.py:", "mine.py defines no ''"),
         ("x = 1", "mine.py:f", "mine.py defines no 'f'"),
-        ("x = 1", "mine.py:x", "not a function"),
+        ("x = 1", "mine.py:x", "1 is not a callable object"),
         ("x = max", "mine.py:x", "mine.py:x: no signature found for builtin"),
-        ("def f(:", "mine.py:f", "mine.py:f: SyntaxError: invalid syntax (mine.py, line 1)"),
-        (
-            "\nimport nowhere",
-            "mine.py:f",
-            "mine.py:f: line 2: ModuleNotFoundError: No module named 'nowhere'",
-        ),
-        ("\n\nint('x')", "mine.py:f", "mine.py:f: line 3: ValueError: invalid literal for int()"),
-        ("raise SystemExit", "mine.py:f", "mine.py:f: line 1: SystemExit"),
-        ("def f():\n    1 / 0\nf()", "mine.py:f", "line 2: ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_file_without_the_function_is_refused_by_name(written, tmp_path, text, name, words):
@@ -545,6 +529,15 @@ def test_a_file_without_the_function_is_refused_by_name(written, tmp_path, text,
     assert words in said and f"--reward {tmp_path}/{name}" in said
     said = refused(rewards.load_object, f"{tmp_path}/nothing.py:f", "--algorithm", ())
     assert said.startswith(f"--algorithm {tmp_path}/nothing.py:f: there is no such file")
+
+
+@pytest.mark.parametrize("text", ["def f(:", "import nowhere", "int('x')", "raise SystemExit"])
+def test_an_error_of_the_file_itself_stays_what_it_is_and_where_it_is(written, text):
+    with pytest.raises((SyntaxError, ImportError, ValueError, SystemExit)) as caught:
+        own(written("mine.py", text))
+    HEARD.append(f"{caught.type.__name__}: {caught.value}")
+    assert not isinstance(caught.value, UserError)
+    assert isinstance(caught.value, SyntaxError) or "mine.py" in str(caught.traceback[-1].path)
 
 
 def test_a_file_imports_what_lies_beside_it_when_it_is_imported_and_later(written):
@@ -600,7 +593,8 @@ def test_a_file_is_run_once_however_often_it_is_mentioned(written, tmp_path, mon
 
 def test_a_file_that_failed_is_tried_again_when_it_is_mended(written):
     path = written("mine.py", "f = len\nraise ValueError")
-    refused(own, path)
+    with pytest.raises(ValueError):
+        own(path)
     os.utime(written("mine.py", "f = sum"), (1e9, 1e9))  # an age of its own, for the compiled file
     assert own(path) is sum
 
@@ -898,7 +892,7 @@ def test_switches_that_a_reward_flips_are_flipped_back(written, where, flipped_b
     try:
         rewards.checked(own(path), pictures(), ["a"] * 3)
         assert not where.startswith("failing")
-    except (KeyError, UserError):
+    except LookupError:
         assert where.startswith("failing")
     after = switches()
     assert [name for name in before if after[name] != before[name]] == []

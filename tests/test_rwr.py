@@ -348,7 +348,6 @@ def run(epochs, **changes):
     line = {
         "grad_norm": 0.4,
         "clip_fraction": 0.1,
-        "clip_fraction_by_step": [0.0, 0.2],
         "first_ratio_error": 1e-6,
         "loss": -0.1,
         "reward_mean": 5.0,
@@ -366,13 +365,13 @@ def test_a_healthy_run_sets_off_no_alarm():
         assert ddpo.alarms(run(epochs), updates=4) == {}
     rwr = run(9)
     for line in rwr:
-        line.update(clip_fraction=None, clip_fraction_by_step=None, first_ratio_error=None)
+        line.update(clip_fraction=None, first_ratio_error=None)
     assert ddpo.alarms(rwr, updates=400) == {}
 
 
 FAILING = [
     ({"loss": math.nan}, "not finite", "--lr"),
-    ({"clip_fraction_by_step": [0.0, math.inf]}, "not finite", "--lr"),
+    ({"mine_by_step": [0.0, math.inf]}, "not finite", "--lr"),
     ({"grad_norm": -math.inf}, "not finite", "--lr"),
     ({"first_ratio_error": 2e-5}, "ratio", "off 1 by 2.0e-05"),
     ({"grad_norm": 4.1}, "gradient", "is 10 times what it was"),

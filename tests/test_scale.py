@@ -111,7 +111,7 @@ def test_diffusers_loads_a_lora_and_draws_the_same_pictures(tmp_path):
     settings = config(lora_rank=4, eta=0.0, steps=10, guidance=5.0)
     policy = train.load_policy(train.ZOO, CPU, settings)
     awaken(policy.unet, 0.05)
-    unet.save_lora(policy.unet, tmp_path)
+    unet.save_tensors(unet.lora_weights(policy.unet), tmp_path / unet.LORA)
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(train.ZOO, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     prompts, names = ["cat", "a dog on a red background"], [(7, 0), (7, 1)]
@@ -139,9 +139,9 @@ def test_a_lora_run_writes_a_file_of_its_own_and_nothing_else_of_the_unet(tmp_pa
     assert any(w.any() for w in lora_b(load_file(checkpoint / LORA)))
     assert settings_of(folder)["lora_rank"] == 2
     other = unet.add_lora(unet.load(unet.UNet, small_model() / "unet"), 3)
-    unet.save_lora(other, checkpoint)
+    unet.save_tensors(unet.lora_weights(other), checkpoint / unet.LORA)
     line = refusal(resume, folder, "--epochs", "2")
-    assert "holds a LoRA of another network or rank" in line
+    assert "is no LoRA of this rank, its alpha" in line
 
 
 def test_the_learning_rate_of_a_lora_is_the_papers_or_the_models_own(tmp_path):

@@ -556,16 +556,11 @@ def test_the_last_timestep_there_is_can_be_asked_for(T, offset):
     assert Sampler(both(offset)[0], T, 1.0).timesteps[0] == (T - 1) * (1000 // T) + offset
 
 
-def test_moving_to_a_device_keeps_the_numbers_and_moves_the_timesteps():
+def test_timesteps_are_where_the_schedule_is():
     schedule = both()[0]
-    moved = schedule.to("cpu")
-    assert torch.equal(moved.alphas_bar, schedule.alphas_bar)
-    assert moved.final_alpha_bar == schedule.final_alpha_bar
-    assert moved.steps_offset == schedule.steps_offset
-    assert Sampler(moved, 20, 1.0).timesteps.device.type == "cpu"
-    away = schedule.to("meta")
-    assert away.alphas_bar.device.type == "meta"
-    assert Sampler(away, 20, 1.0).timesteps.device.type == "meta"
+    assert Sampler(schedule, 20, 1.0).timesteps.device.type == "cpu"
+    schedule.alphas_bar = schedule.alphas_bar.to("meta")
+    assert Sampler(schedule, 20, 1.0).timesteps.device.type == "meta"
 
 
 def test_require_raises_the_users_error_alone():

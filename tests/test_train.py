@@ -113,10 +113,8 @@ def refusal(call, *arguments):
 
 def resolve(given, folder):
     """The settings as train.py works them out, without loading anything."""
-    given = {**given, "algorithm": train.model_algorithm(given, folder)}
-    algorithm = train.choose_algorithm(given["algorithm"])
-    config = train.merge(given, folder, algorithm)
-    train.check(config, given, algorithm)
+    config = train.merge(given, folder)
+    train.check(config, given)
     return config
 
 
@@ -197,7 +195,6 @@ def test_a_run_leaves_what_the_readme_promises(zoo_run):
     numbers = "reward_mean reward_std loss approx_kl clip_fraction grad_norm"
     for name in (*numbers.split(), "seconds_sampling", "seconds_reward", "seconds_training"):
         assert all(np.isfinite(line[name]) for line in lines), name
-    assert len(lines[0]["clip_fraction_by_step"]) == 3
     assert pictures(zoo_run, 0).shape == (128, 128, 3)
     assert (zoo_run / "reward.png").stat().st_size > 5000
     assert settings_of(zoo_run)["micro_batch"] == 4
@@ -478,7 +475,7 @@ def test_prompts_are_drawn_by_the_name_of_seed_and_epoch(tmp_path):
     (tmp_path / "mine.py").write_text(NUMBERS)
     options = ["--reward", f"{tmp_path}/mine.py:number", "--seed", "5"]
     run(tmp_path / "run", *options, "--prompts", "common-animals", "--eval-every", "2")
-    animals, prompts = train.load_prompts("common-animals"), asked(tmp_path)
+    animals, prompts = list(train.load_prompts("common-animals")), asked(tmp_path)
     assert len(prompts) == 4  # the fixed ones, before and after
     for epoch in (0, 1):
         rng = np.random.default_rng([5, epoch])
@@ -486,7 +483,7 @@ def test_prompts_are_drawn_by_the_name_of_seed_and_epoch(tmp_path):
 
 
 def test_an_updates_pictures_are_of_several_prompts():
-    animals = train.load_prompts("common-animals")
+    animals = list(train.load_prompts("common-animals"))
     drawn = train.draw_prompts(animals, 64, 8, np.random.default_rng(0))
     assert all(len(set(drawn[start : start + 16])) > 4 for start in range(0, 64, 16))
 
@@ -777,21 +774,20 @@ def test_resume_takes_the_same_settings_again(whole_run, tmp_path):
 
 BAD = [
     ("--eta 0", "--eta 0: a step without noise has no policy gradient"),
-    ("--eta 1.5", "--eta 1.5: at most 1"),
-    ("--epochs 0", "--epochs 0: must be finite and above 0"),
-    ("--batch-size 3", "--samples-per-epoch 4 must be a multiple of --batch-size 3"),
+    ("--eta 1.5", "--eta = 1.5; needed: a number from 0.0 to 1"),
+    ("--epochs 0", "--epochs = 0; needed: a number from 1 to 1000000"),
+    ("--batch-size 3", "--updates 1 of --batch-size 3 do not take each of 4 pictures once"),
     ("--batch-size 400", "--batch-size 400"),
     ("--samples-per-prompt 3", "multiple of --samples-per-prompt (3)"),
-    ("--algorithm ddpo-sf", "--batch-size 2: ddpo-sf takes one update an epoch"),
+    ("--algorithm ddpo-sf", "ddpo-sf takes one update an epoch: leave out --batch-size"),
     ("--algorithm ppo", "--algorithm ppo: neither ddpo-is"),
-    ("--guidance nan", "--guidance nan: must be finite and at least 0"),
-    ("--lr inf", "--lr inf"),
-    ("--updates 5", "--updates 5: each picture is taken once, 2 updates"),
-    ("--algorithm rwr --updates 0", "--updates 0"),
-    ("--algorithm rwr-sparse --percentile 1.5", "--percentile 1.5"),
-    ("--seed -1", "--seed -1: must be finite and at least 0"),
-    ("--eval-samples 1", "--eval-samples 1: must be finite and at least 2"),
-    ("--min-count 40", "--min-count 40 is more than --history-size 32"),
+    ("--guidance nan", "--guidance = nan; needed: a number from 0.0"),
+    ("--lr inf", "--lr = inf; needed"),
+    ("--updates 5", "--updates 5 of --batch-size 2 do not take each of 4 pictures once"),
+    ("--algorithm rwr --updates 0", "--updates = 0"),
+    ("--algorithm rwr-sparse --percentile 1.5", "--percentile = 1.5"),
+    ("--seed -1", "--seed = -1; needed: a number from 0"),
+    ("--eval-samples 1", "--eval-samples = 1; needed: a number from 2"),
     ("--prompts nowhere.txt", "--prompts nowhere.txt"),
     ("--model nowhere/nothing", "--model nowhere/nothing"),
     ("--device tpu9", "--device tpu9"),
@@ -799,20 +795,20 @@ BAD = [
     ("--steps 2000", "--steps 2000: between 1 and 1000"),
     ("--resume", "--resume needs --out"),
     ("--metrics compressibility,nowhere.py:f", "nowhere.py:f"),
-    ("--metrics incompressibility,incompressibility", "names must differ"),
-    ("--set x", "--set x: DDPO knows advantage_limit"),
-    ("--set limit=3", "--set limit=3: DDPO knows advantage_limit"),
-    (
-        "--set advantage_limit=high",
-        "--set advantage_limit=high: DDPO knows advantage_limit (float)",
-    ),
-    ("--set defaults=3", "--set defaults=3: DDPO knows advantage_limit"),
+    ("--metrics incompressibility,incompressibility", "two are named incompressibility"),
+    ("--set x", "--set x: the algorithm has no such setting"),
+    ("--set limit=3", "--set limit=3: the algorithm has no such setting"),
+    ("--set advantage_limit=high", "--set advantage_limit=high: could not convert string to float"),
+    ("--set defaults=3", "--set defaults=3: the algorithm has no such setting"),
     ("--algorithm nowhere.py:X", "--algorithm nowhere.py:X"),
     ("--device hpu", "--device hpu: No module named"),
-    ("--samples-per-epoch 9223372036854775808", "--samples-per-epoch 9223372036854775808: at most"),
-    ("--lr 1e300", "--lr 1e+300: at most 1000000"),
-    ("--lora-rank 100000000", "--lora-rank 100000000: at most 1024"),
-    ("--seed 99999999999999999999", "--seed 99999999999999999999: at most 9223372036854775807"),
+    (
+        "--samples-per-epoch 9223372036854775808",
+        "--samples-per-epoch = 9223372036854775808; needed",
+    ),
+    ("--lr 1e300", "--lr = 1e+300; needed: a number from 0.0 to 1000000"),
+    ("--lora-rank 100000000", "--lora-rank = 100000000; needed: a number from 0 to 1024"),
+    ("--seed 99999999999999999999", "needed: a number from 0 to 9223372036854775807"),
 ]
 
 
@@ -868,7 +864,7 @@ def test_a_batch_size_that_nobody_gave_shrinks_to_fit(tmp_path, monkeypatch):
         assert resolve({"samples_per_epoch": 16, **given}, train.ZOO).batch_size == 16
     assert resolve({"samples_per_epoch": 8}, train.ZOO).batch_size == 8
     assert resolve({"samples_per_epoch": 16, "algorithm": "rwr"}, tmp_path).batch_size == 128
-    with pytest.raises(UserError, match="must be a multiple of --batch-size 32"):
+    with pytest.raises(UserError, match="of --batch-size 32 do not take each of 16 pictures once"):
         resolve({"samples_per_epoch": 16, "batch_size": 32}, tmp_path)
 
     def three():
@@ -894,11 +890,10 @@ def test_a_reward_without_a_number_for_each_picture_ends_in_one_line(tmp_path):
     assert "reward bad must give one finite number for each of 4 pictures" in line
 
 
-@pytest.mark.parametrize("name", ["reward", "rewards", "prompts", "epoch"])
-def test_what_is_watched_may_not_have_a_name_that_is_taken(name, tmp_path):
-    (tmp_path / "mine.py").write_text(BRIGHTNESS.replace("brightness", name))
-    line = refusal(run, tmp_path / "run", "--metrics", f"{tmp_path}/mine.py:{name}")
-    assert "names must differ, also from epoch, prompts, reward, rewards" in line
+def test_what_is_watched_may_not_have_the_name_of_what_is_learnt(tmp_path):
+    (tmp_path / "mine.py").write_text(BRIGHTNESS.replace("brightness", "reward"))
+    line = refusal(run, tmp_path / "run", "--metrics", f"{tmp_path}/mine.py:reward")
+    assert "two are named reward" in line
 
 
 def failing_epoch(monkeypatch, error):
@@ -963,7 +958,7 @@ def test_torchrun_does_not_end_a_process_before_its_line_comes_through(world, th
 
 
 def test_debug_shows_where_a_refusal_comes_from(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="--eta 1.5"):
+    with pytest.raises(UserError, match="--eta = 1.5"):
         run(tmp_path, "--eta", "1.5", "--debug")
     failing_epoch(monkeypatch, torch.OutOfMemoryError("too much"))
     with pytest.raises(torch.OutOfMemoryError):
@@ -1196,7 +1191,7 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
 
 def test_auto_is_the_zoo_without_a_gpu_and_says_so(capsys):
     assert train.choose_model({}, torch.device("cpu")) == ("zoo", train.ZOO)
-    assert "model: zoo, since there is no CUDA GPU" in capsys.readouterr().out
+    assert "model: zoo, since the device is cpu" in capsys.readouterr().out
     assert train.choose_model({"model": "zoo"}, torch.device("cpu")) == ("zoo", train.ZOO)
     assert capsys.readouterr().out == ""
 

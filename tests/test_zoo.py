@@ -20,7 +20,7 @@ import raters
 import train
 from scheduler import Sampler, named_noise
 
-ANIMALS = train.load_prompts("common-animals")
+ANIMALS = list(train.load_prompts("common-animals"))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_the_papers_animals_and_its_counts_of_unseen_things():
     assert counts == [45, 38, 50] and len(set(data.NAMES)) == 133 and len(data.COLOURS) == 10
     assert set(data.EMOJI) <= set(data.NAMES) and set(data.HARD) <= set(data.ANIMALS)
     prompts = [f"{data.article(name)} {what}" for name in ANIMALS for what in data.ACTIVITIES]
-    assert prompts == train.load_prompts("animal-activities")
+    assert prompts == list(train.load_prompts("animal-activities"))
 
 
 def test_all_weights_fit_in_40_megabytes(zoo):

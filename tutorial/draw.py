@@ -21,7 +21,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import ddpo
 import train
 from scheduler import UserError, read_json, refusing, require
 
@@ -51,7 +50,7 @@ def load(given, is_run):
     stored = train.resumed({"out": given.source.as_posix(), "resume": True}) if is_run else {}
     name = {"model": given.model or stored.get("model", given.source.as_posix())}
     folder = train.choose_model(name, device)[1]
-    config = train.Config(**stored) if is_run else train.merge(name, folder, ddpo.DDPO)
+    config = train.Config(**stored) if is_run else train.merge(name, folder)
     return train.load_policy(folder, device, config), config
 
 

@@ -99,10 +99,8 @@ def diverged(folder):
 
 def resolve(given):
     """The settings that train.py makes of a command line -> {name: value}. Raises UserError."""
-    given = {**given, "algorithm": train.model_algorithm(given, train.ZOO)}
-    algorithm = train.choose_algorithm(given["algorithm"])
-    config = train.merge(given, train.ZOO, algorithm)
-    train.check(config, given, algorithm)
+    config = train.merge(given, train.ZOO)
+    train.check(config, given)
     return dataclasses.asdict(config)
 
 

@@ -25,7 +25,7 @@ FIGURES = HERE / "figures"  # chapters.py has them drawn elsewhere, to compare t
 
 def config(**given):
     """Every setting of train.py, as the zoo has them and as given here -> train.Config."""
-    return train.placed(train.merge({"model": "zoo", **given}, train.ZOO, ddpo.DDPO), train.ZOO)
+    return train.placed(train.merge({"model": "zoo", **given}, train.ZOO), train.ZOO)
 
 
 def policy(**given):

@@ -57,9 +57,8 @@ class AdvantageWeightedMatching(DDPO):
         return -denoising_loss(eps, noise, torch.ones_like(eps[:, 0, 0, 0]))
 
     def losses(self, policy, rows):
-        """-> losses (b,), {name: (b,)}; all rows count as one step."""
+        """-> losses (b,), {name: (b,)}."""
         advantages, old = rows[4:]
         now = self.matching(policy, *rows[:4])
         losses, _ = ppo_loss(now, old, advantages, self.settings.clip_range)
-        logged = {"k": torch.zeros_like(rows[1]), "log_ratio": (now - old).detach()}
-        return losses, logged
+        return losses, {"log_ratio": (now - old).detach()}

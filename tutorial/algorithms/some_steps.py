@@ -54,9 +54,3 @@ class SomeSteps(DDPO):
         """-> losses (b,), {name: (b,)}."""
         losses, logged = super().losses(policy, pairs)
         return losses * step_weights(self.p, pairs.k), logged
-
-    def metrics(self, logged):
-        """DDPO's; not step by step, for some may not have been drawn."""
-        metrics = super().metrics(logged)
-        del metrics["clip_fraction_by_step"]
-        return metrics

@@ -159,7 +159,7 @@ def test_10():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         save_file(rewards.AestheticHead(4).state_dict(), path)
-        assert not rewards.load_head(str(path)).training
+        assert not rewards.load_head(str(path), 4).training
 
 
 def test_11():

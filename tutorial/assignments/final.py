@@ -79,14 +79,13 @@ def cells(path):
 def policies(config, lora):
     """The zoo with and without a LoRA."""
     sys.path.insert(0, str(ROOT))
-    import ddpo
     import train
     import unet
 
     given = {"model": "zoo", "lora_rank": 4, "seed": int(config["seed"])}
     made = []
     for path in (None, lora):
-        c = train.merge(given, train.ZOO, ddpo.DDPO)
+        c = train.merge(given, train.ZOO)
         policy = train.load_policy(train.ZOO, train.choose_device("cpu"), c)
         if path:
             unet.load_lora(policy.unet, path.parent)

@@ -106,10 +106,9 @@ def read(path):
 
 def policy_of(T):
     """The zoo's, on the CPU."""
-    import ddpo
     import train
 
-    config = train.merge({"model": "zoo", "steps": T}, train.ZOO, ddpo.DDPO)
+    config = train.merge({"model": "zoo", "steps": T}, train.ZOO)
     return train.load_policy(train.ZOO, train.choose_device("cpu"), config)
 
 

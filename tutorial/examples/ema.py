@@ -36,7 +36,7 @@ class EMA(DDPO):
         folder = Path(self.settings.out) / "ema" / f"{self.updates:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         if self.settings.lora_rank:
-            unet.save_lora(self.average, folder)
+            unet.save_tensors(unet.lora_weights(self.average), folder / unet.LORA)
         else:
             unet.save(self.average, folder / "unet")
         return {**super().state_dict(), "updates": self.updates}

@@ -26,7 +26,6 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
-import ddpo
 import judge as judge_module
 import train
 import train_judge
@@ -63,7 +62,7 @@ def malformed(policy, animals):
 @torch.no_grad()
 def pictures():
     """All pictures, in order -> uint8 (B, 64, 64, 3), kinds, what each was asked to be."""
-    config = train.merge({"model": "zoo"}, train.ZOO, ddpo.DDPO)
+    config = train.merge({"model": "zoo"}, train.ZOO)
     policy = train.load_policy(train.ZOO, torch.device("cpu"), config)
     kinds = {"sample": data.ANIMALS * 2, "weak": WEAK * 10, "other": data.ANIMALS}
     images, kind_of, asked = [], [], []

@@ -20,7 +20,6 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import blind
 import data
-import ddpo
 import judge as judge_module
 import raters
 import train
@@ -47,7 +46,7 @@ def gate(name, figure, needed, at_least=True, unit="%"):
 
 def samples(zoo, prompts, device):
     """A picture a prompt at the zoo's default settings -> uint8 (B, 64, 64, 3)."""
-    config = train.merge({"model": "zoo"}, train.ZOO, ddpo.DDPO)
+    config = train.merge({"model": "zoo"}, train.ZOO)
     policy = train.load_policy(zoo / "stable-diffusion", torch.device(device), config)
     names = [(100, train.EVALUATION, i) for i in range(len(prompts))]
     return np.concatenate([images for _, images in policy.sample(prompts, names, 60)])
@@ -186,14 +185,14 @@ def main():
     options = data.options(__doc__)
     zoo, few = options.zoo, options.quick
     judge, rng = judge_module.load_judge(zoo), np.random.default_rng(STREAM)
-    animals = train.load_prompts("common-animals")
+    animals = list(train.load_prompts("common-animals"))
     prompts = animals[:8] if few else animals * PER_ANIMAL
     images = samples(zoo, prompts, options.device)
     Image.fromarray(data.sheet(images[: len(animals)], 15)).save(zoo / "samples.png")
     passed = sample_gates(judge, images, prompts)
     passed += nothing_gates(judge, rng, 8 if few else EMPTY)
 
-    clip, head = ClipEmbedder(zoo / "clip", "cpu"), load_head(str(zoo / "aesthetic"))
+    clip, head = ClipEmbedder(zoo / "clip", "cpu"), load_head(str(zoo / "aesthetic"), 128)
     score = partial(aesthetic, clip=clip, head=head)
     name = "aesthetic head against the raters' truth on samples, rank correlation"
     correlation = rank_correlation(score(images, prompts), raters.truth(images))
@@ -206,7 +205,7 @@ def main():
         print("skip  composites: the emoji art needs npm")
 
     passed += bert_gates(zoo, 1 if few else 40)
-    prompts = train.load_prompts(str(data.HERE / "animals-on-grounds.txt"))
+    prompts = list(train.load_prompts(str(data.HERE / "animals-on-grounds.txt")))
     prompts = train.spread_prompts(prompts, 8 if few else ALIGNED)
     passed += alignment_gates(judge, samples(zoo, prompts, options.device), prompts)
     passed += [*blind_gates(zoo), size_gate(zoo)]

@@ -110,10 +110,12 @@ def cached_latents(vae, zoo, device, pictures):
 def load_policy(folder, vae, device):
     """All but the UNet -> ddpo.Policy without one, at T = 20, eta = 1, guidance 3."""
     encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    schedule = NoiseSchedule.from_config(SCHEDULE)
+    schedule.alphas_bar = schedule.alphas_bar.to(device)
     return ddpo.Policy(
         unet=None,
         vae=vae,
-        sampler=Sampler(NoiseSchedule.from_config(SCHEDULE).to(device), T=20, eta=1.0),
+        sampler=Sampler(schedule, T=20, eta=1.0),
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder=encoder.eval().to(device),
         device=device,
