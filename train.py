@@ -287,6 +287,8 @@ def check(config, given):
     choose_algorithm(c.algorithm).settle(c, given)
     n, each, fixed = c.samples_per_epoch, c.samples_per_prompt, c.eval_samples // 2 * 2
     require(c.precision in PRECISIONS, f"--precision {c.precision}: fp32, bf16 or fp16")
+    few = f"--min-count {c.min_count} is more than --history-size {c.history_size}"
+    require(c.min_count <= c.history_size, few)
     require(n % each == 0, f"--samples-per-epoch {n}: no multiple of --samples-per-prompt ({each})")
     sizes = f"--samples-per-epoch {n}, --batch-size {c.batch_size} and --eval-samples {fixed}"
     fits = n % world == c.batch_size % world == fixed % world == 0
@@ -378,9 +380,10 @@ def load_policy(folder, device, config):
     # fp32 is float32; else what stays float32 may use TF32
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
-    start = Path(config.unet or folder / "unet")
+    start = Path(config.unet or folder)
     lora = os.path.isfile(start / unet.LORA)
-    part = folder / "unet" if lora else start
+    part = (folder if lora else start) / "unet"
+    part = part if os.path.isdir(part) else start  # a checkpoint's folder, or the UNet's own
     net = unet.load(unet.UNet, part, dtype if rank else torch.float32)
     if rank:
         net = unet.add_lora(net, rank, config.seed)
@@ -396,6 +399,8 @@ def load_policy(folder, device, config):
     sampler = Sampler(schedule, config.steps, config.eta)
     encoder = unet.loading("--model", folder, CLIPTextModel, folder / "text_encoder", dtype=dtype)
     encoder = encoder.to(device).requires_grad_(False)
+    fits = net.config["cross_attention_dim"] == encoder.config.hidden_size
+    require(fits, f"{part}: its UNet is made for another text encoder than {folder}'s")
     tokenizer = unet.loading("--model", folder, CLIPTokenizer, folder / "tokenizer")
     limit = encoder.config.max_position_embeddings
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit)  # absent: 1e30

@@ -260,6 +260,8 @@ class UNet(nn.Module):
         self.gradient_checkpointing = False
         context_dim = number(config, "cross_attention_dim", 1, MOST)
         heads = number(config, "attention_head_dim", 1, MOST)  # so the files call it
+        fits = math.gcd(*channels) % heads == 0
+        require(fits, f"attention_head_dim = {heads} must divide each of {channels}")
         side, multiple = number(config, "sample_size", 1, 512), 2**lowest
         require(side % multiple == 0, f"sample_size = {side} must be a multiple of {multiple}")
         eps = number(config, "norm_eps", 1e-12, 1.0, default=1e-5)
@@ -534,6 +536,6 @@ def load_lora(net, folder):
     scales = re.findall(r'"(?:unet\.)?(?:r|lora_alpha)": (\d+\.?\d*)', notes)
     given, needed = ({name: w.shape for name, w in x.items()} for x in (weights, own))
     fits = given == needed and len({*map(float, scales)}) < 2
-    require(fits, f"{path} is no LoRA of this rank, its alpha: see tutorial/real_sd.md")
+    require(fits, f"{path} is no plain LoRA of --lora-rank: see tutorial/real_sd.md")
     for name, w in own.items():
         w.copy_(weights[name])

@@ -234,6 +234,7 @@ def pictures(folder, epoch):
 
 
 STARTS = {  # what is trained further, what of it is given, how
+    "a checkpoint": ("full", ".", []),
     "a UNet": ("full", "unet", []),
     "a UNet, with a LoRA on it": ("full", "unet", ["--lora-rank", "3"]),
     "a LoRA": ("lora", ".", ["--lora-rank", "2"]),
@@ -255,8 +256,7 @@ def test_a_run_starts_from_what_another_has_trained(start, trained, tmp_path):
 
 def test_a_run_that_started_so_resumes_to_the_bit(trained, tmp_path):
     """A LoRA on a tuned UNet: the checkpoint holds the LoRA alone."""
-    start = checkpoint(trained, "full") / "unet"
-    options = ["--unet", str(start), "--lora-rank", "2", "--lr", "0.02"]
+    options = ["--unet", str(checkpoint(trained, "full")), "--lora-rank", "2", "--lr", "0.02"]
     whole = run(tmp_path / "whole", *options)
     run(tmp_path / "run", *options, "--epochs", "1")
     resume(tmp_path / "run", "--epochs", "2")
@@ -317,7 +317,7 @@ def test_a_lora_of_diffusers_and_peft_is_taken(save, tmp_path):
     assert all("lora_" in name for name in names)
 
 
-OTHER_LORA = "is no LoRA of this rank, its alpha: see tutorial/real_sd.md"
+OTHER_LORA = "is no plain LoRA of --lora-rank: see tutorial/real_sd.md"
 
 
 def without_rank(folder):
@@ -385,9 +385,15 @@ def a_run(folder):
     return [], "config.json is not the config of a UNet"
 
 
+def another_models(folder):
+    config = {**json.loads((small_model() / "unet" / "config.json").read_text())}
+    unet.save(unet.UNet({**config, "cross_attention_dim": 64}), folder)
+    return [], f"its UNet is made for another text encoder than {small_model()}'s"
+
+
 NO_STARTS = [without_rank, other_rank, other_layers, other_alpha, kohya, text_encoder_too]
 NO_STARTS += [half_a_pair, other_widths]
-NO_STARTS += [no_lora, nothing, a_run]
+NO_STARTS += [no_lora, nothing, a_run, another_models]
 
 
 @pytest.mark.parametrize("make", NO_STARTS)

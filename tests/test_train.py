@@ -788,6 +788,7 @@ BAD = [
     ("--algorithm rwr-sparse --percentile 1.5", "--percentile = 1.5"),
     ("--seed -1", "--seed = -1; needed: a number from 0"),
     ("--eval-samples 1", "--eval-samples = 1; needed: a number from 2"),
+    ("--min-count 40", "--min-count 40 is more than --history-size 32"),
     ("--prompts nowhere.txt", "--prompts nowhere.txt"),
     ("--model nowhere/nothing", "--model nowhere/nothing"),
     ("--device tpu9", "--device tpu9"),

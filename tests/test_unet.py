@@ -482,7 +482,7 @@ def test_a_lora_of_another_rank_is_refused_and_nothing_is_changed(rank, tmp_path
     unet.save_tensors(unet.lora_weights(lora_pair(rank)[0]), tmp_path / unet.LORA)
     net, _ = lora_pair(3)
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(UserError, match=f"{unet.LORA} is no LoRA of this rank, its alpha"):
+    with pytest.raises(UserError, match=f"{unet.LORA} is no plain LoRA of --lora-rank"):
         unet.load_lora(net, tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
@@ -707,6 +707,7 @@ NO_UNET = [  # a field of a UNet's config, what it may not be, and what the mess
     *[("norm_num_groups", value, "norm_num_groups = ") for value in (None, 0, 10**9, "4", 4.0)],
     *[("norm_eps", value, "norm_eps = ") for value in (None, 0, -1e-5, "1e-5", math.nan, True)],
     *[("norm_eps", value, "norm_eps = ") for value in (math.inf, 10**400, [1e-5])],
+    ("attention_head_dim", 3, "attention_head_dim = 3 must divide"),
     *[("attention_head_dim", value, "attention_head_dim = ") for value in (GONE, None, [2, 2], 0)],
     *[("attention_head_dim", value, "attention_head_dim = ") for value in (2.0, "2", True, -2)],
     *[("cross_attention_dim", value, "cross_attention_dim = ") for value in (GONE, None, 0, "12")],
