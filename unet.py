@@ -407,7 +407,7 @@ def attends(config, way, levels):
 
 
 def load(cls, folder, dtype=torch.float32):
-    """A `UNet` or `VAE` of `dtype`, of None without weights, from a folder. Raises UserError."""
+    """A `UNet` or `VAE` of `dtype` from a diffusers folder; None: no weights. Raises UserError."""
     config_path = Path(folder) / "config.json"
     what = f"the config of a {cls.__name__} of Stable Diffusion v1.x"
     # on meta: no memory before the weights are seen to fit
