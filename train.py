@@ -548,7 +548,7 @@ def loop(run):
     if writes:
         write_json(out / "prompts.jsonl", [run.metadata.get(p, {"prompt": p}) for p in run.prompts])
         write_json(out / "config.json", dataclasses.asdict(c))  # last: with it --resume is possible
-        write_json(out / "metrics.jsonl", read_lines(out / "metrics.jsonl", before=start))
+        write_json(out / "metrics.jsonl", read_lines(out / "metrics.jsonl", start, NEEDED))
     sizes = f"of {c.samples_per_epoch} pictures in updates of {c.batch_size}"
     anew = ", from the beginning" if c.resume and not start else ""
     print(f"{c.algorithm} on {c.reward}, {c.epochs} epochs {sizes}, into {out}{anew}", flush=True)
@@ -669,12 +669,12 @@ def write_json(path, value):
         aside.replace(path)
 
 
-def read_lines(path, before=math.inf):
-    """The whole lines of a .jsonl file, up to an epoch -> list of dicts."""
+def read_lines(path, before=math.inf, needed=("epoch",)):
+    """The whole lines of a .jsonl file, up to an epoch, with what is needed -> list of dicts."""
     with refusing(f"{path} is damaged", OSError, ValueError, RecursionError, KeyError, TypeError):
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         lines = [json.loads(line) for line in text.split("\n") if line.endswith("}")]
-        return [line for line in lines if [line[name] for name in NEEDED][0] < before]
+        return [line for line in lines if [line[name] for name in needed][0] < before]
 
 
 def write_metrics(run, metrics, evaluation):

@@ -358,7 +358,7 @@ def text_encoder_too(folder):
     words = {f"{name}.lora_{x}.weight": torch.ones(3, 3) for x in "AB"}
     save = StableDiffusionPipeline.save_lora_weights
     save(folder, unet_lora_layers=layers, text_encoder_lora_layers=words)
-    return [], f"does not fit this UNet: 'unet.text_encoder.{name}.weight'"
+    return [], f"does not fit this UNet: no 'unet.text_encoder.{name}.weight'"
 
 
 def half_a_pair(folder):
@@ -366,7 +366,7 @@ def half_a_pair(folder):
     name = next(name for name in layers if "lora_B" in name)
     del layers[name]
     save_file(layers, folder / unet.LORA)
-    return [], f"does not fit this UNet: 'unet.{name}'"
+    return [], f"does not fit this UNet: no 'unet.{name}'"
 
 
 def other_widths(folder):
