@@ -61,7 +61,8 @@ def guided_noise(eps_uncond, eps_cond, guidance):
 def predict_noise(network, x_t, timesteps, cond, uncond, guidance):
     """The guided prediction, both halves in one pass. In training too: "CFG training", App. E.1.
 
-    x_t (B, 4, h, w), timesteps (B,), cond (B, m, d), uncond (1, m, d) -> float32 (B, 4, h, w).
+    network(x_t, timesteps, context) -> any float type. x_t (B, 4, h, w), timesteps (B,),
+    cond (B, m, d), uncond (1, m, d) -> float32 (B, 4, h, w).
     """
     if guidance == 1:
         return network(x_t, timesteps, cond).float()
@@ -193,7 +194,7 @@ class PromptStatistics:
             self.history[prompt] = [*self.history.get(prompt, []), reward][-self.size :]
 
     def mean_std(self, prompts, rewards):
-        """Mean and standard deviation to normalise each sample's reward by -> (B,), (B,).
+        """Mean and deviation (over n) to normalise each reward by. float64 (B,) -> (B,), (B,).
 
         Those of its prompt's remembered rewards; of all this epoch's, while these are too few.
         """
@@ -230,7 +231,7 @@ def ppo_loss(log_prob, log_prob_old, advantages, clip_range):
         loss  = -min(ratio A, clip(ratio, 1 - clip_range, 1 + clip_range) A)
 
     The D-th root, since log_prob is a mean over the D dimensions.
-    log_prob, log_prob_old, advantages (B,) -> losses (B,), ratios (B,).
+    log_prob, log_prob_old, advantages (B,) -> losses (B,), ratios before the clip (B,).
     """
     ratio = (log_prob - log_prob_old).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
@@ -240,8 +241,7 @@ def ppo_loss(log_prob, log_prob_old, advantages, clip_range):
 def policy_mean_std(network, sampler, trajectories, i, k, uncond, guidance):
     """The present policy's Gaussian in recorded states, with gradient.
 
-    Pair j is state k_j (0: the noisiest) of trajectory i_j. i, k (b,)
-    -> mean (b, 4, h, w), std (b,).
+    Pair j: state k_j (0: the noisiest) of trajectory i_j. i, k (b,) -> mean (b, 4, h, w), std (b,).
     """
     x_t, t = trajectories.latents[i, k], trajectories.timesteps[k]
     eps = predict_noise(network, x_t, t, trajectories.prompt_embeds[i], uncond, guidance)

@@ -68,7 +68,7 @@ def jpeg(image, quality):
 
 
 def incompressibility(images, prompts):
-    """Sec. 5.1: size as a JPEG of quality 95, in kB of 1000 bytes. uint8 (B, H, W, 3) -> (B,)."""
+    """Sec. 5.1: size as a JPEG of quality 95 in 1000 bytes. uint8 (B, H, W, 3) -> numpy (B,)."""
     return np.array([len(jpeg(image, 95)) / 1000 for image in images])
 
 

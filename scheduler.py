@@ -103,7 +103,7 @@ def add_noise(x_0, noise, alpha_bar_t):
 
         x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise
 
-    x_0, noise (B, 4, h, w); alpha_bar_t (B,) -> (B, 4, h, w).
+    x_0, noise (B, 4, h, w); alpha_bar_t (B,), for `expand` -> (B, 4, h, w).
     """
     signal = expand(alpha_bar_t.sqrt(), x_0)
     return signal * x_0 + expand((1 - alpha_bar_t).sqrt(), x_0) * noise
@@ -151,7 +151,7 @@ def gaussian_log_prob(x, mean, std):
         log p = -(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2          mean over D
 
     x is an action already taken and std is fixed, so the gradient flows through `mean` only.
-    0 where std = 0.
+    0 where std = 0. So is its gradient.
     x, mean (B, 4, h, w) of any float type; std (B,) -> float32 (B,).
     """
     x, mean, std = x.detach().float(), mean.float(), std.float()

@@ -17,9 +17,10 @@ import handout
 import numpy as np
 import oracles
 import pytest
+import show
 import torch
 import worker
-from parts import KINDS, PARTS, UNITS, has
+from parts import KINDS, PARTS, UNITS, VARIANTS, has
 
 ROOT = Path(__file__).parents[1]
 PART_OF = {unit.name: part for part in PARTS for unit in part.units}
@@ -284,6 +285,103 @@ def test_check_names_a_mistake_in_a_filled_hand_out(given_out, tmp_path, capfd):
     said = capfd.readouterr().out
     assert "part 1: 2.00 of 2" in said and "part 2: 2." in said
     assert "make ddim_std right first" in said
+
+
+def checked(folder, *options):
+    """What check.py says in a folder."""
+    command = [sys.executable, str(folder / "tutorial/assignments/check.py"), *options]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def filled(given_out, folder, without=()):
+    """The hand-out with the source's bodies in it, but for some functions."""
+    shutil.copytree(given_out, folder)
+    names = [name for name in handout.chapters() if name not in without]
+    for path in (folder / name for name in ("scheduler.py", "ddpo.py", "rewards.py")):
+        bodies = handout.cut((ROOT / path.name).read_text(), dict.fromkeys(names, "pass"))[1]
+        path.write_text(handout.graft(path.read_text(), bodies))
+    return folder
+
+
+def test_check_gives_all_points_to_a_filled_hand_out_and_says_how_to_see_it(given_out, tmp_path):
+    """Its right answers were written into files and read again."""
+    said = checked(filled(given_out, tmp_path / "mine"))
+    for part in PARTS:
+        assert f"part {part.number}: {part.points:.2f} of {part.points}\n" in said, said
+        assert f"{part.picture}: python tutorial/assignments/show.py {part.number}\n" in said
+
+
+def test_check_says_which_part_to_write_before_this_one(given_out, tmp_path):
+    """sample records what part 5 computes."""
+    folder = filled(given_out, tmp_path / "mine", without=["gaussian_log_prob"])
+    said = checked(folder, "--parts", "4,5")
+    assert "part 4, sample, values, gradients, edges: it calls gaussian_log_prob: " in said
+    assert "write part 5 first (chapter 3)" in said
+    assert "    write gaussian_log_prob (chapter 4)\n" in said
+
+
+def test_sheets_come_out_of_files_as_they_went_in(tmp_path):
+    """Scalars too."""
+    for part in (*PARTS, *VARIANTS):
+        asked = handout.questions(part)
+        check.store(asked, tmp_path)
+        again = check.stored(tmp_path / f"part{part.number:02d}.safetensors")
+        for before, after in ((asked.right, again.right), (asked.questions, again.questions)):
+            assert before.keys() == after.keys()
+            for key, values in before.items():
+                for name, value in values.items():
+                    assert np.shape(value) == np.shape(after[key][name]), (key, name)
+
+
+SLEEPER = "import time\n    time.sleep(2)\n    signal = "
+
+
+def test_limits_count_what_is_computed_and_say_which_was_hit(tmp_path, monkeypatch):
+    """Right code that gets no processor for two seconds is right; who waits for ever is ended."""
+    source = (ROOT / "scheduler.py").read_text()
+    (tmp_path / "scheduler.py").write_text(source.replace("signal = ", SLEEPER, 1))
+    monkeypatch.setattr(check, "PATIENCE", 1)
+    monkeypatch.setattr(grade, "SECONDS", 1)
+    monkeypatch.setattr(check, "CLOCK", 30)
+    out, limits = tmp_path / "results.json", []
+    found = graded(tmp_path, out, numbers=[1])
+    assert found["score"] == 2, found
+    monkeypatch.setattr(check, "CLOCK", 1)
+    limits.append(graded(tmp_path, out, numbers=[1]))
+    monkeypatch.setattr(check, "STARTUP", 0.01)
+    limits.append(graded(tmp_path, out, numbers=[1]))
+    monkeypatch.setattr(check, "STARTUP", 120)
+    monkeypatch.setattr(grade, "WHOLE", 1.1)
+    limits.append(graded(tmp_path, out, numbers=[1]))
+    words = ["1 seconds by the clock", "not imported within 0.01 seconds", "for all parts together"]
+    for result, said in zip(limits, words, strict=True):
+        assert result["score"] == 0 and said in result["tests"][0]["output"], result
+
+
+def test_readmes_of_the_hand_out_link_nothing_that_it_lacks(given_out):
+    for path in (given_out / "README.md", given_out / "tutorial" / "assignments" / "README.md"):
+        text = path.read_text()
+        assert "LECTURER" not in text and "own.py" not in text and "Not handed out" in text
+        for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+            assert (path.parent / link).exists(), link
+    text = (given_out / "tutorial" / "README.md").read_text()
+    assert "python tutorial/chapters.py" not in text and "python -i tutorial/lab.py`." in text
+
+
+@pytest.mark.parametrize(["part", "said"], [(1, "1.png"), (6, "largest |ratio - 1|")])
+def test_pictures_of_parts_are_drawn(part, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(show, "OUT", tmp_path)
+    show.main([str(part)])
+    assert said in capsys.readouterr().out
+
+
+def test_a_picture_of_what_is_not_written_says_what_to_write(monkeypatch):
+    def add_noise(*_):
+        raise NotImplementedError("write add_noise (chapter 1)")
+
+    monkeypatch.setattr(show.scheduler, "add_noise", add_noise)
+    with pytest.raises(SystemExit, match=r"^write add_noise \(chapter 1\) first$"):
+        show.main(["1"])
 
 
 def test_numbers_are_each_students_own():

@@ -10,6 +10,8 @@ import inspect
 import json
 import re
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -420,6 +422,38 @@ def test_a_prediction_after_its_run_does_not_count_and_none_is_made_twice(studen
         lines.append(questions.chained(lines, {"what": what, "question": 2}))
     (student / questions.FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert marks.mark(21, student)[0]["ungraded"] == []
+
+
+def test_questions_find_the_modules_from_a_script_of_their_own():
+    """Without what pytest puts on the path."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tutorial/assignments')!r})\n"
+    code += "import questions\nprint(questions.run_4(questions.numbers('ada', b'k')) > 2)"
+    command = [sys.executable, "-I", "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True)
+    assert said.stdout == "True\n", said.stderr
+
+
+@pytest.mark.parametrize("said", [["abc", "so"], ["nan", "so"], ["1"], ["1", "so", "on"]])
+def test_what_is_no_prediction_is_refused_and_nothing_is_explained_before_its_run(student, said):
+    with pytest.raises(SystemExit):
+        questions.main(["predict", "4", *said])
+    assert not questions.FILE.exists()
+    questions.main(["predict", "4", "-1.5", "so"])
+    for what in (["explain", "4", "because"], ["run", "4"], ["explain", "4"]):
+        if what == ["run", "4"]:
+            questions.main(what)
+        else:
+            with pytest.raises(SystemExit):
+                questions.main(what)
+    assert [line["what"] for line in questions.read(questions.FILE)] == ["predict", "run"]
+
+
+def test_trial_refuses_a_folder_without_a_module_and_a_test_that_is_not_there(tmp_path, capsys):
+    test = tmp_path / "test_05.py"
+    for bug, wrong in ((tmp_path, "holds no module"), (ROOT, "test_05.py")):
+        with pytest.raises(SystemExit):
+            trial.main([str(test), str(bug)])
+        assert wrong in capsys.readouterr().err
 
 
 def test_questions_run_and_give_what_the_sheet_says(monkeypatch):

@@ -11,6 +11,7 @@ by the functions in here too, with other numbers, and with the reference's in pl
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -30,8 +31,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 HERE = Path(__file__).parent
-STARTUP, SECONDS = 120, 20  # for importing torch, and for a part
-PATIENCE = 5  # seconds for a unit, of which a part has three at most
+# Limits count what a process has computed, in seconds: by the clock it may take far longer on a
+# machine that does much else, and right code would pay for that. Only who waits is ended by it.
+SECONDS, PATIENCE = 20, 5  # for a part, and for each of its three units at most
+STARTUP, CLOCK = 120, 3  # seconds for importing torch; times a part's seconds, by the clock
 TOLERANCE = 2e-5  # float32 is good for 1e-6
 LARGEST = 2**24  # bytes of a file that a worker may write
 NOBODY = 65534
@@ -70,7 +73,8 @@ def write(path, nested, **texts):
     for key, values in nested.items():
         for name, value in values.items():
             if isinstance(value, np.ndarray):
-                arrays[f"{key}/{name}"] = np.ascontiguousarray(value)
+                contiguous = np.ascontiguousarray(value)  # makes 1-d what is 0-d
+                arrays[f"{key}/{name}"] = contiguous.reshape(value.shape)
             else:
                 plain[f"{key}/{name}"] = value
     metadata = {"plain": json.dumps(plain), **{k: json.dumps(v) for k, v in texts.items()}}
@@ -128,10 +132,11 @@ def job_of(sheets, submission, reference, confined):
     return {**job, "cut": cut, "confined": confined, "patience": PATIENCE}
 
 
-def ask(sheets, submission, reference=None, confined=False, seconds=SECONDS):
+def ask(sheets, submission, reference=None, confined=False, seconds=SECONDS, left=math.inf):
     """What the code in the folder `submission` answers, in a process of its own -> {key: {...}}.
 
     {"error": why} where it answers nothing. reference: the folder with everybody else's functions.
+    left: seconds by the clock, after which nobody waits any more.
     """
     scratch = Path(tempfile.mkdtemp(prefix="ddpo-")).resolve()
     try:
@@ -144,7 +149,7 @@ def ask(sheets, submission, reference=None, confined=False, seconds=SECONDS):
         if confined and os.getuid() == 0:
             for path in (scratch, scratch / "answers"):
                 os.chown(path, NOBODY, NOBODY)
-        ended = run(scratch, seconds, quiet=confined)
+        ended = run(scratch, seconds, quiet=confined, left=left)
         return collected(scratch / "answers", questions, ended)
     finally:
         with suppress(RecursionError):  # folders in folders in folders
@@ -160,8 +165,11 @@ def received(submission, folder):
     return folder
 
 
-def run(scratch, seconds, quiet, program="worker.py"):
-    """It runs in a process group of its own -> how it ended, for whoever gave no answer."""
+def run(scratch, seconds, quiet, program="worker.py", left=math.inf):
+    """It runs in a process group of its own -> how it ended, for whoever gave no answer.
+
+    seconds: of computing, once it is ready; left: by the clock, for all that it does.
+    """
     command = [sys.executable, "-I", str(HERE / program), str(scratch)]
     kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}
     environment = {**kept, "TMPDIR": str(scratch), "HOME": str(scratch)}
@@ -173,26 +181,45 @@ def run(scratch, seconds, quiet, program="worker.py"):
         before = children()
         worker = subprocess.Popen(command, **pipes, **options)
         try:
-            wait(worker, (scratch / "ready").exists, STARTUP)
-            in_time = wait(worker, lambda: worker.poll() is not None, seconds)
+            limit = waited(worker, scratch / "ready", seconds, left)
         finally:
             end(worker, before)
+    if limit:
+        return limit
     if not (scratch / "ready").exists():
         text = (scratch / "said.txt").read_text(errors="replace")
         raise RuntimeError(f"{program} did not start: {text[-2000:]}")
-    if not in_time:
-        return f"no answer within {seconds} seconds: does a loop never end?"
     code = worker.returncode
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return f"your code ended the whole process ({how})"
 
 
-def wait(worker, done, seconds):
-    """Until done(), the worker's end, or the time's -> done()."""
-    until = time.monotonic() + seconds
-    while not done() and worker.poll() is None and time.monotonic() < until:
+def waited(worker, ready, seconds, left):
+    """Until the worker's end -> "", or the limit that was hit before it, in words."""
+    began, since, before = time.monotonic(), None, 0.0
+    while worker.poll() is None:
+        now = time.monotonic()
+        if since is None and ready.exists():
+            since, before = now, computed(worker.pid)
+        if now - began > left:
+            return "no time was left: the limit for all parts together was hit"
+        if since is None and now - began > STARTUP:
+            return f"torch was not imported within {STARTUP} seconds: a busy machine, mark it again"
+        if since and computed(worker.pid) - before > seconds:
+            return f"no answer within {seconds} seconds of computing: does a loop never end?"
+        if since and now - since > CLOCK * seconds:
+            return f"no answer within {CLOCK * seconds} seconds by the clock: what is waited for?"
         time.sleep(0.02)
-    return done()
+    return ""
+
+
+def computed(pid):
+    """Seconds that a process and its children that ended have computed; 0 without a /proc."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def end(worker, before):
@@ -295,7 +322,10 @@ def explained(unit, failed, sheet, answers, wrong_type):
         for letter, size in sizes.items():
             best = best.replace(f"{{{letter}}}", str(size))
         return what, best
-    return what, wrong_type or described(answers[where], sheet.right[where], sizes)
+    if wrong_type:
+        return what, wrong_type
+    only = all(name.startswith("d_") for key in failed for name in sheet.right[key])
+    return what, described(answers[where], sheet.right[where], sizes, only)
 
 
 def numbers(given, right):
@@ -324,8 +354,8 @@ def sizes_of(inputs):
     return sizes
 
 
-def described(given, right, sizes):
-    """What can be said of a mistake that has no name."""
+def described(given, right, sizes, only):
+    """What can be said of a mistake that has no name. only: of gradients, the values are right."""
     for name, value in right.items():
         got = np.asarray(given[name], dtype=np.float64)
         if close(got, value):
@@ -335,8 +365,12 @@ def described(given, right, sizes):
         if name.startswith("d_") and not got.any():
             return "no gradient comes back: was something detached, or made by numpy or .item()?"
         if not np.isfinite(got).all():
-            lost = int((~np.isfinite(got)).sum())
-            return f"{lost} of {got.size} are no finite numbers: a division by 0, a root or a log?"
+            lost = f"{int((~np.isfinite(got)).sum())} of {got.size} are no finite numbers"
+            if only:
+                return f"{lost}: torch.where passes on the NaN of the branch that it does not take"
+            return f"{lost}: a division by 0, a root or a log?"
+        if only:
+            return "the values are right, so a part of the gradient is lost: detached, or no_grad?"
         return fitted(got.ravel(), value.ravel(), sizes)
     return ""
 
@@ -411,9 +445,13 @@ def main(argv=None):
     for part in some:
         verdicts = judge(part, sheets[part.number], answers)
         for verdict in [v for v in verdicts if not v.right]:
-            needs = UNITS[verdict.unit].needs if verdict.unit in UNITS else ()
-            waits = [name for name in needs if name in wrong]
-            if waits and not verdict.why.startswith("write "):
+            unit = UNITS.get(verdict.unit)
+            waits = [name for name in (unit.needs if unit else ()) if name in wrong]
+            unwritten = verdict.why.removeprefix("write ").partition(" ")[0]
+            if unit and verdict.why.startswith("write ") and unwritten not in unit.cut:
+                number = next(p.number for p in PARTS for u in p.units if unwritten in u.cut)
+                verdict.why = f"it calls {unwritten}: write part {number} first"
+            elif waits and not verdict.why.startswith("write "):
                 verdict.what, verdict.why = "", f"make {', '.join(waits)} right first"
             wrong.add(verdict.unit)
         if part.number in wanted:
@@ -421,6 +459,8 @@ def main(argv=None):
             print(f"part {part.number}: {points:.2f} of {part.points}")
             for line in sentences(part, verdicts):
                 print(f"    {line}")
+            if points == part.points and part.number <= len(PARTS):
+                print(f"    {part.picture}: python tutorial/assignments/show.py {part.number}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from marks import SECTIONS
 from marks import mark as mark_section
 from parts import KEY, PARTS, variants_of
 
-WHOLE = 8 * 60  # seconds for all parts
+WHOLE = 8 * 60  # seconds by the clock for all parts; check.py has those of one part
+NO_TIME = f"no time was left for this part: the limit of {WHOLE} seconds for all parts was hit"
 
 
 def adopt_orphans():
@@ -45,10 +46,10 @@ def unreachable():
     return None
 
 
-def mark(part, submission, student, key, seconds):
-    """-> what Gradescope shows of a part."""
+def mark(part, submission, student, key, left):
+    """-> what Gradescope shows of a part. left: seconds by the clock, of all parts'."""
     asked = questions(part, student, key)
-    answers = ask([asked], submission, ROOT, confined=True, seconds=seconds)
+    answers = ask([asked], submission, ROOT, confined=True, seconds=SECONDS, left=left)
     verdicts = judge(part, asked, answers)
     lines = sentences(part, verdicts)
     points = round(float(earned(part, verdicts)), 2)
@@ -97,9 +98,9 @@ def grade(submission, out, student="public", key=KEY, numbers=None, heads=None):
     for part in parts:
         left = WHOLE - (time.monotonic() - began)
         if left > 1:
-            entries[part.number] = mark(part, submission, student, key, min(SECONDS, left))
+            entries[part.number] = mark(part, submission, student, key, left)
         else:
-            entries[part.number] = entry(part, 0.0, "no time was left for this part")
+            entries[part.number] = entry(part, 0.0, NO_TIME)
         save(out, entries, began)
     for number in sections:
         found = mark_section(number, submission, student, key, heads)

@@ -26,7 +26,16 @@ MODULES = ("scheduler.py", "ddpo.py", "rewards.py", "unet.py", "train.py")
 COPIED = ("requirements.txt", "LICENSE", ".gitignore", "tutorial/prompts", "tutorial/figures")
 SCRIPTS = ("lab.py", "redness.py", "zoo/data.py", "zoo/judge.py", "zoo/raters.py")
 QUOTE = re.compile(r"(<!-- quote \w+\.([\w.]+) -->\n```python\n)(.*?)(\n```\n)", re.DOTALL)
-OURS = ("README.md", "check.py", "parts.py", "worker.py", "trial.py", "questions.py")
+OURS = ("README.md", "check.py", "parts.py", "worker.py", "trial.py", "questions.py", "show.py")
+# What the two READMEs say of files that are not handed out
+ABSENT = [
+    (
+        r"Learning alone\? .*",
+        "Not handed out, though some texts name or link it: `experiments.md`,\n"
+        "`chapters.py`, the notebooks, the tests, and what marks you.\n",
+    ),
+    (r", open its\nnotebook in \[.*?\n```\n", ".\n"),
+]
 
 
 def functions(source):
@@ -130,6 +139,13 @@ def questions(part, student="public", key=KEY):
     return sheet(part, signatures(part), student, key)
 
 
+def present(text):
+    """A chapter or README without what it says of files that are not handed out."""
+    for absent, instead in ABSENT:
+        text = re.sub(absent, instead, text, flags=re.DOTALL)
+    return text
+
+
 def copy(name, out):
     """A file, or a folder's data and not its scripts, from the same place in the project."""
     source, target = ROOT / name, out / name
@@ -153,9 +169,10 @@ def write(out, formulas=True, zoo=True):
         copy(name, out)
     for path in [*ROOT.glob("tutorial/[0-9]*-*.md"), ROOT / "tutorial" / "README.md"]:
         text = hollow_quotes(path.read_text(encoding="utf-8"))
-        (out / "tutorial" / path.name).write_text(text, encoding="utf-8")
+        (out / "tutorial" / path.name).write_text(present(text), encoding="utf-8")
     shutil.copy(HERE / "ai-policy.md", out / "AGENTS.md")
-    shutil.copy(HERE / "README.md", out / "README.md")
+    for path in (out / "README.md", out / "tutorial" / "assignments" / "README.md"):
+        path.write_text(present((HERE / "README.md").read_text(encoding="utf-8")), encoding="utf-8")
     names = [unit.name for part in VARIANTS for unit in part.units]
     (out / "variants.py").write_text(variants.stubs(names), encoding="utf-8")
     for part in (*PARTS, *VARIANTS):

@@ -81,6 +81,11 @@ def predicted_x0__noise_added(eps, x_t, alpha_bar_t):
     return (x_t + rows((1 - alpha_bar_t) ** 0.5, x_t) * eps) / rows(alpha_bar_t**0.5, x_t)
 
 
+def predicted_x0__noise_divided(eps, x_t, alpha_bar_t):
+    """only the noise is divided by the root of alpha_bar_t: brackets around x_t - noise"""
+    return x_t - rows(((1 - alpha_bar_t) / alpha_bar_t) ** 0.5, x_t) * eps
+
+
 def posterior(alpha_bar_t, alpha_bar_prev):
     """x_{t-1} given x_t and x_0, by Bayes' rule: precisions add -> variance, weights of both."""
     alpha = alpha_bar_t / alpha_bar_prev  # x_t = sqrt(alpha) x_{t-1} + sqrt(1 - alpha) noise
@@ -175,6 +180,13 @@ def ddim_mean_std__towards_now(eps, x_t, alpha_bar_t, alpha_bar_prev, eta):
     return ddim_mean(eps, x_t, alpha_bar_t, alpha_bar_prev, towards), std
 
 
+def ddim_mean_std__x_0_of_previous(eps, x_t, alpha_bar_t, alpha_bar_prev, eta):
+    """x_0 is guessed by alpha_bar_prev: x_t has the noise of alpha_bar_t"""
+    std = ddim_std(alpha_bar_t, alpha_bar_prev, eta)
+    towards = np.maximum(1 - alpha_bar_prev - std**2, 0) ** 0.5
+    return ddim_mean(eps, x_t, alpha_bar_prev, alpha_bar_prev, towards), std
+
+
 def ddim_mean_std__undivided(eps, x_t, alpha_bar_t, alpha_bar_prev, eta):
     """the mean is built on an x_0 that was not divided by the root of alpha_bar_t"""
     mean, std = ddim_mean_std(eps, x_t, alpha_bar_t, alpha_bar_prev, eta)
@@ -252,6 +264,14 @@ def predict_noise__interleaved(theta, half, x_t, timesteps, cond, uncond, guidan
     return guided_noise(eps[0::2], eps[1::2], guidance)
 
 
+def predict_noise__timesteps_interleaved(theta, half, x_t, timesteps, cond, uncond, guidance):
+    """each timestep is repeated in its place, where they should come one batch after the other"""
+    both = np.repeat(timesteps, 2)
+    eps_uncond = rounded(network(theta, x_t, both[: len(x_t)], whole(uncond, x_t)), half)
+    eps_cond = rounded(network(theta, x_t, both[len(x_t) :], cond), half)
+    return guided_noise(eps_uncond, eps_cond, guidance)
+
+
 def predict_noise__unguided(theta, half, x_t, timesteps, cond, uncond, guidance):
     """the prompt's own prediction comes back: there is no guidance in it"""
     return predict_noise(theta, half, x_t, timesteps, cond, uncond, 1)
@@ -298,7 +318,7 @@ def act(theta, x_t, step, cond, uncond, guidance, eta):
     return ddim_mean_std(eps, x_t, now, after, eta)
 
 
-def rolled(inputs, draw, carry=True, guidance=None, order=1):
+def rolled(inputs, draw, carry=True, guidance=None, order=1, of_state=False):
     """A plain loop. draw(k): the index of the k-th step's noise -> sample's four outputs."""
     p = inputs
     guidance = p["guidance"] if guidance is None else guidance
@@ -310,8 +330,8 @@ def rolled(inputs, draw, carry=True, guidance=None, order=1):
         state = x if carry else p["noise"][:, 0]
         mean, std = act(p["theta"], state, step, p["cond"], p["uncond"], guidance, p["eta"])
         x = mean + rows(std, mean) * p["noise"][:, draw(k)]
+        log_probs.append(log_normal(latents[-1] if of_state else x, mean, std))
         latents.append(x)
-        log_probs.append(log_normal(x, mean, std))
     times = np.array([step[0] for step in steps])
     return np.stack(latents, 1), np.stack(log_probs, 1), times, p["cond"]
 
@@ -343,6 +363,11 @@ def sample__not_handed_on(**inputs):
 def sample__unguided(**inputs):
     """the samples are drawn without guidance"""
     return rolled(inputs, lambda k: k + 1, guidance=1)
+
+
+def sample__of_the_state(**inputs):
+    """that is log p of the state x_t: the action is what it becomes, x_{t-1}"""
+    return rolled(inputs, lambda k: k + 1, of_state=True)
 
 
 def sample__graph_kept(**inputs):
@@ -402,6 +427,17 @@ def gaussian_log_prob__constant_lost(x, mean, std):
     return -squares.mean(1) - density * log_std
 
 
+def gaussian_log_prob__whole_constant(x, mean, std):
+    """log(2 pi) is taken off whole: its half is wanted"""
+    squares, log_std, density = log_prob_parts(x, mean, std)
+    return -squares.mean(1) - density * (log_std + 2 * HALF_LOG_2PI)
+
+
+def gaussian_log_prob__clamped(x, mean, std):
+    """std is held above 0, as in the JAX code: where it is 0, log p is 0 here"""
+    return log_normal(x, mean, np.maximum(std, 1e-6))
+
+
 def gaussian_log_prob__log_std_lost(x, mean, std):
     """log std is missing"""
     squares, _, density = log_prob_parts(x, mean, std)
@@ -428,7 +464,7 @@ def gaussian_log_prob__through_the_sample(x, mean, std):
 # 6: policy_log_prob
 
 
-def judged(inputs, shift=0, guidance=None, prompt=None, order=1):
+def judged(inputs, shift=0, guidance=None, prompt=None, order=1, of_state=False):
     """Pair by pair, log p of action k of trajectory i. prompt(i): whose prompt."""
     p = inputs
     guidance = p["guidance"] if guidance is None else guidance
@@ -438,6 +474,7 @@ def judged(inputs, shift=0, guidance=None, prompt=None, order=1):
     log_probs = []
     for i, k in zip(p["i"], p["k"], strict=True):
         x_t, x_next = p["latents"][[i], k + shift], p["latents"][[i], k + 1 - shift]
+        x_next = x_t if of_state else x_next
         cond = p["prompt_embeds"][[prompt(i)]]
         mean, std = act(p["theta"], x_t, steps[k], cond, p["uncond"], guidance, p["eta"])
         log_probs.append(log_normal(x_next, mean, std)[0])
@@ -468,6 +505,11 @@ def policy_log_prob__first_prompt(**inputs):
 def policy_log_prob__swapped(**inputs):
     """x_t and x_{t-1} have changed places: the state comes first, the action is one further"""
     return judged(inputs, shift=1)
+
+
+def policy_log_prob__of_the_state(**inputs):
+    """that is log p of the state latents[i, k]: the action taken there is latents[i, k + 1]"""
+    return judged(inputs, of_state=True)
 
 
 def policy_log_prob__time_reversed(**inputs):
@@ -664,6 +706,26 @@ def ppo_loss__log_ratio(log_prob, log_prob_old, advantages, clip_range):
     return -np.minimum(ratio * advantages, clipped * advantages), ratio
 
 
+def ppo_loss__quotient_of_logs(log_prob, log_prob_old, advantages, clip_range):
+    """the logarithms are divided: the ratio is the exponential of their difference"""
+    ratio = log_prob / log_prob_old
+    clipped = np.clip(ratio, 1 - clip_range, 1 + clip_range)
+    return -np.minimum(ratio * advantages, clipped * advantages), ratio
+
+
+def ppo_loss__lesser_ratio(log_prob, log_prob_old, advantages, clip_range):
+    """the lesser ratio is taken before A comes in: below 0, A turns the order of the two"""
+    ratio = ratio_of(log_prob, log_prob_old)
+    clipped = np.clip(ratio, 1 - clip_range, 1 + clip_range)
+    return -np.minimum(ratio, clipped) * advantages, ratio
+
+
+def ppo_loss__clipped_ratio_given(log_prob, log_prob_old, advantages, clip_range):
+    """the loss is right, but the ratios that come back are clipped: as they are, they are logged"""
+    loss, ratio = ppo_loss(log_prob, log_prob_old, advantages, clip_range)
+    return loss, np.clip(ratio, 1 - clip_range, 1 + clip_range)
+
+
 # 9: rwr_weights, sparse_weights, denoising_loss
 
 
@@ -769,6 +831,11 @@ def denoising_loss__root(eps, noise, weights):
     return weights * mean_over_d((noise - eps) ** 2) ** 0.5
 
 
+def denoising_loss__norm(eps, noise, weights):
+    """that is the norm over D: the loss has its square"""
+    return weights * (mean_over_d((noise - eps) ** 2) / eps[0].size) ** 0.5
+
+
 def denoising_loss__averaged(eps, noise, weights):
     """averaged over the batch: a loss for each sample is wanted"""
     return np.mean(denoising_loss(eps, noise, weights))
@@ -815,6 +882,20 @@ def bert_score__padding_matched(**inputs):
 def bert_score__mean_for_max(**inputs):
     """a token's cosines are averaged: its best match counts"""
     return bert_score(**inputs, best=lambda cosines: sum(cosines) / len(cosines))
+
+
+def bert_score__weights_not_summed(**inputs):
+    """divided by the length, padding and special tokens included: divide by the weights' sum"""
+    P, R, _ = bert_score(**inputs)
+    P = P * inputs["x_weights"].mean(1)
+    R = R * inputs["y_weights"].mean(1)
+    return P, R, 2 * P * R / np.where(P + R != 0, P + R, 1)
+
+
+def bert_score__special_not_matched(**inputs):
+    """special tokens are left out of the matches too: their weight is 0, but they may be matched"""
+    words = {f"{side}_mask": inputs[f"{side}_weights"] > 0 for side in "xy"}
+    return bert_score(**{**inputs, **words})
 
 
 def bert_score__arithmetic_mean(**inputs):

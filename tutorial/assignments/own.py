@@ -16,9 +16,11 @@ from parts import KEY, variants_of
 
 TEXT = """# Of {student}'s own
 
+This folder goes on top of the hand-out: what is in it belongs beside `train.py`.
+
 ## Variants (20 points)
 
-Write in `variants.py`, whose docstrings say what:
+Write in `variants.py`, whose docstrings say what; `check.py --parts {numbers}` tries them:
 
 {variants}
 
@@ -35,14 +37,23 @@ Hand in `bugs.json`,
 
     {{"5": {{"place": "ddpo.py:123", "sentence": "what is wrong, and how the run shows it"}}}}
 
-or "none" for the place; and for each a file such as `test_05.py` of functions `test_...()`. It must
-fail on that module, pass on yours, and pass on versions written otherwise that behave the same.
+the number being the folder's, or "none" for the place; and for each a file such as `test_05.py` of
+functions `test_...()`. It must fail on that module, pass on yours, and pass on versions written
+otherwise that behave the same.
 Where nothing is wrong, it must pass on all of these, and fail where what you suspected is real.
 `python tutorial/assignments/trial.py test_05.py bugs/05` tries it on two of them.
 
 ## Predict, then run (12 points)
 
 {questions}
+
+First all predictions, each with its reason; then hand in the one line that `head` prints, for a
+prediction counts only if it was there before; then run, and explain the difference:
+
+    python tutorial/assignments/questions.py predict 4 1.5 "since std is ..."
+    python tutorial/assignments/questions.py head
+    python tutorial/assignments/questions.py run 4
+    python tutorial/assignments/questions.py explain 4 "I had forgotten that ..."
 
 ## Final project (12 points)
 
@@ -65,6 +76,7 @@ def write(student, key, out):
     names = [(part, part.units[0].name) for part in variants_of(student, key)]
     text = TEXT.format(
         student=student,
+        numbers=",".join(str(part.number) for part, _ in names),
         variants=listed(f"`{name}`, {part.points} points" for part, name in names),
         bugs=listed(f"`bugs/{bug.number:02d}/{bug.file}.py`, 4 points" for bug in mine),
         questions=questions.text(own),

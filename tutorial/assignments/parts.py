@@ -133,7 +133,7 @@ def latents(seed, count=B):
 def add_noise_unit():
     """Part 1."""
     inputs = {"x_0": latents(1), "noise": latents(2), "alpha_bar_t": NOW}
-    ends = {"x_0": latents(3, 4), "noise": latents(4, 4), "alpha_bar_t": floats(0, 1, 0.5, 0.25)}
+    ends = {"x_0": latents(3), "noise": latents(4), "alpha_bar_t": floats(0, 1, 0.5, 0.25, 0.75)}
     cases = [Case("values", inputs), Case("gradients", inputs, ("x_0", "noise"))]
     return Unit("scheduler", "add_noise", ("x_t",), [*cases, Case("edges", ends)])
 

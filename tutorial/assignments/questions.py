@@ -23,6 +23,7 @@ from parts import KEY, chosen, drawn
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))  # its modules are imported where they are needed, for torch is slow
 FILE = "questions.jsonl"
 
 QUESTIONS = [
@@ -105,7 +106,6 @@ def read(path):
 
 def policy_of(T):
     """The zoo's, on the CPU."""
-    sys.path.insert(0, str(ROOT))
     import ddpo
     import train
 
@@ -171,7 +171,6 @@ def run_2(own):
 
 def run_3(own):
     """The largest weight."""
-    sys.path.insert(0, str(ROOT))
     import torch
 
     import ddpo
@@ -194,7 +193,6 @@ def run_4(own):
 
 def run_5(own):
     """The mean over 45 prompts and 40 runs."""
-    sys.path.insert(0, str(ROOT))
     import torch
 
     import ddpo
@@ -255,9 +253,18 @@ def add(path, line):
         file.write(json.dumps(line) + "\n")
 
 
+def is_number(text):
+    """Is it a finite number?"""
+    try:
+        return abs(float(text)) < float("inf")
+    except ValueError:
+        return False
+
+
 def main(argv=None):
     """The program."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     whats = ["show", "predict", "head", "run", "explain"]
     parser.add_argument("what", nargs="?", choices=whats, default="show")
     parser.add_argument("number", nargs="?", type=int, choices=range(1, 7), help="of the question")
@@ -276,10 +283,13 @@ def main(argv=None):
     line = {"what": what, "question": options.number}
     if options.number is None:
         parser.error("which question?")
-    if what == "predict" and (len(said) != 2 or predicted):
-        parser.error("a number and a reason in quotes, once")
+    done = [x["what"] for x in predicted]
+    if what == "predict" and (predicted or len(said) != 2 or not is_number(said[0])):
+        parser.error("a number, and a reason in quotes, once; such as: predict 4 1.5 'since ...'")
     if what != "predict" and not predicted:
         parser.error(f"predict {options.number} first")
+    if what == "explain" and ("run" not in done or not said):
+        parser.error(f"run {options.number} first, then say what differs, in quotes")
     if what == "predict":
         line.update(number=float(said[0]), reason=said[1])
     elif what == "run":
@@ -288,6 +298,8 @@ def main(argv=None):
     else:
         line["difference"] = " ".join(said)
     add(path, line)
+    if what == "predict":
+        print("kept. Hand in what `head` says when all are predicted, before the first `run`")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import signal
 import struct
 import sys
@@ -113,7 +114,7 @@ def call(name, module, inputs):
 def tensor(value):
     """An output as a tensor, or what is wrong with it."""
     if not isinstance(value, (torch.Tensor, np.ndarray, np.number)):
-        raise TypeError(f"{type(value).__name__} is returned where a tensor is wanted")
+        raise TypeError(f"{type(value).__name__} is returned where a tensor or array is wanted")
     value = torch.as_tensor(value)
     if value.numel() > LARGEST:
         raise TypeError(f"an output has the shape {list(value.shape)}")
@@ -167,23 +168,25 @@ def isolate(module, task, cut):
             setattr(module, name, getattr(reference, name))
 
 
-def complaint(error):
-    """An error in a student's code, in one line."""
+def complaint(error, submission):
+    """An error in a student's code, in one line: where it is raised, and by whose call."""
     text = " ".join(str(error).split())
     if isinstance(error, NotImplementedError) and text.startswith("write "):
         return text
     if isinstance(error, SystemExit):
         text = f"your code calls sys.exit({text})"
+    if isinstance(error, RuntimeError) and re.search(r"size of tensor.* dimension 3$", text):
+        text += "; (B,) against (B, 4, h, w)? scheduler.py's expand is for that"
     frames = traceback.extract_tb(error.__traceback__)
-    mine = [f for f in frames if Path(f.filename).name in FILES and "worker" not in f.filename]
-    line = f"{Path(mine[-1].filename).name}, line {mine[-1].lineno}: " if mine else ""
+    mine = [Path(f.filename).name for f in frames if Path(f.filename).parent == Path(submission)]
+    lines = [f.lineno for f in frames if Path(f.filename).parent == Path(submission)]
+    line = f"{mine[-1]}, line {lines[-1]}: " if mine else ""
+    if len(mine) > 1 and (mine[0], lines[0]) != (mine[-1], lines[-1]):
+        line = f"{mine[-1]}, line {lines[-1]}, called from {mine[0]}, line {lines[0]}: "
     if isinstance(error, SyntaxError):
         line = f"{Path(error.filename or '?').name}, line {error.lineno}: "
         text = error.msg
     return f"{line}{type(error).__name__}: {text}"[:300]
-
-
-FILES = ("scheduler.py", "ddpo.py", "rewards.py", "variants.py")
 
 
 def signature_of(module, name):
@@ -193,20 +196,20 @@ def signature_of(module, name):
 
 @contextmanager
 def patience(seconds):
-    """Raise TimeoutError where a student's code runs on and on, with the line it is in."""
+    """Raise TimeoutError where a student's code computes on and on, with the line it is in."""
     if not hasattr(signal, "setitimer"):  # Windows
         yield
         return
 
     def ring(*_):
-        raise TimeoutError(f"no end within {seconds} seconds: does a loop never end?")
+        raise TimeoutError(f"no end within {seconds} seconds of computing: does a loop never end?")
 
-    signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def answers(task, job, questions):
@@ -221,14 +224,14 @@ def answers(task, job, questions):
             raise TypeError(f"{task['name']}{given}: the signature should be {wanted}")
         with patience(job["patience"]):
             for key, case in zip(keys, task["cases"], strict=True):
-                found[key] = tried(task, module, case, questions[key])
+                found[key] = tried(task, module, case, questions[key], job["submission"])
     except BaseException as error:  # a student's code may raise anything
-        why = {"error": complaint(error)}
+        why = {"error": complaint(error, job["submission"])}
         return {key: found.get(key, why) for key in keys}
     return found
 
 
-def tried(task, module, case, inputs):
+def tried(task, module, case, inputs, submission):
     """One case's answers, or the error; but that of a loop without end ends the unit."""
     try:
         outputs = answer(task["name"], module, task["outputs"], case, inputs)
@@ -237,7 +240,7 @@ def tried(task, module, case, inputs):
     except TimeoutError:
         raise
     except BaseException as error:
-        return {"error": complaint(error)}
+        return {"error": complaint(error, submission)}
     return found
 
 
