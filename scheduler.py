@@ -49,7 +49,7 @@ def require(condition, message):
 
 def one_line(error):
     """What an error says, in one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300]
+    return " ".join(f"{'no ' * isinstance(error, KeyError)}{error}".split())[:300]
 
 
 @contextmanager

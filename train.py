@@ -44,6 +44,7 @@ HERE = Path(__file__).parent
 ZOO = HERE / "tutorial" / "zoo" / "stable-diffusion"
 PROMPT_SETS = HERE / "tutorial" / "prompts"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NEEDED = ("epoch", "reward_queries", "reward_mean", "reward_std", "grad_norm", "clip_fraction")
 FITTED = ("precision", "grad_checkpointing", "micro_batch", "sample_batch")  # to memory:
 WAYS = ((False, 8), (False, 4), (True, 8), (True, 4), (True, 2), (True, 1))  # fast ones first
 EVALUATION = 2**31  # stands for the epoch in the names of the fixed evaluation noises
@@ -328,8 +329,7 @@ def choose_device(name, option="--device"):
     """auto: a CUDA GPU (under torchrun each process has its own), else the CPU. -> torch.device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     with refusing(f"{option} {name}", RuntimeError, AssertionError, ImportError):
         return torch.zeros(1, device=name).device
 
@@ -367,8 +367,7 @@ def draw_prompts(prompts, samples, repeats, rng):
 
 def spread_prompts(prompts, count):
     """`count` prompts to evaluate on, spread over the whole set, or going round it."""
-    span = max(count, len(prompts))
-    return [prompts[i * span // count % len(prompts)] for i in range(count)]
+    return [prompts[i * max(count, len(prompts)) // count % len(prompts)] for i in range(count)]
 
 
 def load_policy(folder, device, config):
@@ -517,13 +516,14 @@ def loop(run):
             lock = FileLock(out / "lock", timeout=0, is_singleton=True)
             lock.acquire()  # any end of the process ends it
     start = read_checkpoint(run) if c.resume and run.checkpoints() else 0
-    require(start < c.epochs, f"--epochs {c.epochs}: the run in {out} has {start} behind it")
+    require(start < c.epochs, f"--epochs {c.epochs}: {out} has {start} behind it; give more epochs")
     if writes:
         write_json(out / "prompts.jsonl", list(run.metadata.values()))
         write_json(out / "config.json", dataclasses.asdict(c))  # last: with it --resume is possible
-        write_json(out / "metrics.jsonl", read_lines(out / "metrics.jsonl", before=start))
+        write_json(out / "metrics.jsonl", read_lines(out / "metrics.jsonl", start, NEEDED))
     sizes = f"of {c.samples_per_epoch} pictures in updates of {c.batch_size}"
-    print(f"{c.algorithm} on {c.reward}, {c.epochs} epochs {sizes}, into {out}", flush=True)
+    anew = ", from the beginning" if c.resume and not start else ""
+    print(f"{c.algorithm} on {c.reward}, {c.epochs} epochs {sizes}, into {out}{anew}", flush=True)
     for epoch in range(start, c.epochs):
         done, last = epoch + 1, epoch + 1 == c.epochs
         base = evaluate(run, 0) if epoch == 0 else {}
@@ -560,13 +560,12 @@ def evaluate(run, epoch):
     write_json(path.with_suffix(".json"), {**lists, **fixed})
     base = np.array(read_json(path.with_name("epoch_0000.json"))["rewards"])
     gain = scores["reward"] - base
-    error = gain.std(ddof=1) / len(gain) ** 0.5  # of the mean; the pictures are paired
     metrics = {"eval_queries": epoch * run.config.samples_per_epoch, "eval_diversity": diverse}
-    metrics["eval_gain_sd"] = gain.mean() / max(base.std(), 1e-12)  # in the base's deviations
-    metrics["eval_gain_t"] = gain.mean() / max(error, 1e-12)
+    # in the base's deviations; in standard errors, for the pictures are paired
+    metrics["eval_gain_sd"] = gain.mean() / max(base.std(), 1e-12)
+    metrics["eval_gain_t"] = gain.mean() / max(gain.std(ddof=1) / len(gain) ** 0.5, 1e-12)
     for name, values in scores.items():
-        metrics[f"eval_{name}_mean"] = values.mean()
-        metrics[f"eval_{name}_std"] = values.std()
+        metrics |= {f"eval_{name}_mean": values.mean(), f"eval_{name}_std": values.std()}
     return metrics
 
 
@@ -612,8 +611,7 @@ def read_checkpoint(run):
     """Everything back from the newest whole checkpoint -> the epochs behind it."""
     folder, moments = run.checkpoints()[-1], {}
     parameters = run.optimizer.param_groups[0]["params"]
-    # whatever a broken file raises
-    with refusing(f"{folder} cannot be read (if broken, delete it)", Exception):
+    with refusing(f"{folder} cannot be read (if broken, delete it)", Exception):  # of any kind
         load_weights(run.policy.unet, folder)
         for key, value in load_file(folder / "optimizer.safetensors").items():
             i, name = key.split(".")
@@ -635,21 +633,20 @@ def writing(path):
 
 def write_json(path, value):
     """A list as lines, anything else as one document. Aside, then renamed: never half a file."""
-    text = json.dumps(value, indent=1) + "\n"
-    if isinstance(value, list):
-        text = "".join(json.dumps(line, default=str) + "\n" for line in value)
+    parts, indent = (value, None) if isinstance(value, list) else ([value], 1)
+    text = "".join(json.dumps(part, indent=indent, default=str) + "\n" for part in parts)
     aside = path.with_name(path.name + ".tmp")
     with writing(path):
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)
 
 
-def read_lines(path, before=math.inf):
-    """The whole lines of a .jsonl file, up to an epoch -> list of dicts."""
+def read_lines(path, before=math.inf, needed=("epoch",)):
+    """The whole lines of a .jsonl file, up to an epoch, with what is needed -> list of dicts."""
     with refusing(f"{path} is damaged", OSError, ValueError, RecursionError, KeyError, TypeError):
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         lines = [json.loads(line) for line in text.split("\n") if line.endswith("}")]
-        return [line for line in lines if line["epoch"] < before]
+        return [line for line in lines if [line[name] for name in needed][0] < before]
 
 
 def write_metrics(run, metrics, evaluation):
@@ -668,8 +665,7 @@ def write_metrics(run, metrics, evaluation):
         text += "\n    fixed pictures: {eval_reward_mean:.3f} +- {eval_reward_std:.3f}"
         text += ", gain {eval_gain_sd:.2f} sd of the base, t {eval_gain_t:.1f}"
     seconds = sum(value for name, value in line.items() if name.startswith("seconds"))
-    to_come = run.config.epochs - 1 - line["epoch"]
-    run.left = f", {tqdm.format_interval(seconds * to_come)} left"
+    run.left = f", {tqdm.format_interval(seconds * (run.config.epochs - 1 - line['epoch']))} left"
     print(text.format(**{**line, **evaluation}, seconds=seconds, left=run.left), flush=True)
     known = before[-1].get("warnings", []) if before else []
     for name in [name for name in found if name not in known]:
@@ -696,8 +692,8 @@ def draw_curve(out, config):
         right.plot(at, (means - means[0]) / (base[f"eval_{name}_std"] or 1), "o-", label=name)
     left.set(title=config.algorithm, xlabel="reward queries", ylabel=config.reward)
     right.set(title="fixed pictures", xlabel="reward queries", ylabel="gain / base's deviation")
-    left.legend()
-    right.legend()
+    left.legend(loc="upper left")
+    right.legend(loc="upper left")
     with writing(out / "reward.png"):
         figure.savefig(out / "reward.png")
 
@@ -732,7 +728,8 @@ def main(argv=None):
         rank, world = ddpo.processes()
         start = ["torchrun", "--nproc-per-node", str(world)] if world > 1 else ["python"]
         command = shlex.join([*start, sys.argv[0], "--out", str(run and run.out), "--resume"])
-        line = f"to go on: {command}" if run else "it had not begun"
+        way = "to go on" if run and run.checkpoints() else "no checkpoint yet; to begin again"
+        line = f"{way}: {command}" if run else "it had not begun"
         if rank == 0:
             print(f"train.py: stopped; {line}", file=sys.stderr)
         sys.exit(getattr(stopped, "code", 130))

@@ -386,12 +386,14 @@ def sizes(config):
 
 
 def load(cls, folder, dtype=torch.float32):
-    """A `UNet` or `VAE` of `dtype` from a folder in the diffusers layout. Raises UserError."""
+    """A `UNet` or `VAE` of `dtype` from a diffusers folder; None: no weights. Raises UserError."""
     config_path = Path(folder) / "config.json"
     what = f"the config of a {cls.__name__} of Stable Diffusion v1.x"
     # on meta: no memory before the weights are seen to fit
     with refusing(f"{config_path} is not {what}", UserError), torch.device("meta"):
         net = cls(read_json(config_path))
+    if dtype is None:  # the config was in question
+        return net
     files = weight_files(Path(folder))
     weights = {name: w for file in files for name, w in read_tensors(file, dtype).items()}
     for old, new in RENAMED.items():
@@ -454,6 +456,9 @@ def locate(model, flag="--model", files=STABLE_DIFFUSION):
         return Path(model)
     way = REWRITING.format(f"P.from_single_file('{model}')")
     require(not os.path.isfile(model), f"{flag} {model}: a file; diffusers makes a folder: {way}")
+    if files is STABLE_DIFFUSION:  # the small files first: some models are refused by them
+        for cls, part in ((UNet, "unet"), (VAE, "vae")):
+            load(cls, locate(model, flag, [f"{part}/config.json"]) / part, None)
     fetch = partial(huggingface_hub.snapshot_download, model, etag_timeout=5)
     way = f"where there is a network: `hf download {model} --local-dir FOLDER`, then {flag} FOLDER"
     gone = f"{flag} {model}: neither a folder nor to be had from the hub; {way}"
@@ -472,11 +477,9 @@ def loading(flag, name, cls, folder, **options):
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     options = {"local_files_only": True, "trust_remote_code": False, **options}
-    if "dtype" in options:
-        options["output_loading_info"] = True
-    files = [path.name for path in Path(folder).glob("model*.safetensors")]
-    if files and all(".fp16" in name for name in files):
-        options["variant"] = "fp16"
+    options |= {"output_loading_info": True} if "dtype" in options else {}
+    halves = {".fp16" in path.name for path in Path(folder).glob("model*.safetensors")}
+    options |= {"variant": "fp16"} if halves == {True} else {}
     refusal = f"{flag} {name}: no {cls.__name__} in it"
     with refusing(refusal, Exception):
         loaded = cls.from_pretrained(folder, **options)

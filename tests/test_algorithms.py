@@ -79,5 +79,5 @@ def test_the_readmes_own_algorithm_and_reward_work_as_printed(tmp_path):
         (tmp_path / file).write_text(code)
         options = code.splitlines()[0].partition("python train.py ")[2].split()
         options[1] = str(tmp_path / options[1])
-        run(tmp_path / f"run-{file}", *options)
+        run(tmp_path / f"run-{file}", *options, "--epochs", "2")
         assert len(metrics(tmp_path / f"run-{file}")) == 2

@@ -172,6 +172,18 @@ def test_rwr_sparse_says_that_few_samples_a_prompt_are_nearly_all_kept(tmp_path,
     assert "warning" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", train.NEEDED)
+def test_a_line_of_metrics_without_a_number_is_named_before_it_goes_on(name, tmp_path):
+    """It was a traceback, after an epoch's work."""
+    run(tmp_path, "--epochs", "1")
+    [line] = metrics(tmp_path)
+    text = json.dumps({key: value for key, value in line.items() if key != name}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(text)
+    line = refusal(resume, tmp_path, "--epochs", "2")
+    assert line == f"train.py: {tmp_path}/metrics.jsonl is damaged: no '{name}'"
+    assert (tmp_path / "metrics.jsonl").read_text() == text
+
+
 def test_a_run_that_was_moved_goes_on_with_the_prompts_and_rewards_that_it_had(tmp_path):
     """Its prompt file edited, the model's folder and the reward's file elsewhere."""
     home = tmp_path / "home"

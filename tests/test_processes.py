@@ -652,7 +652,7 @@ def test_a_reward_that_hangs_is_ended_and_the_last_line_goes_on(how, number, cod
     [(ended, said, _)] = pool(interrupt, [(arguments, str(folder), marker, number)])
     assert ended == code and said.count("train.py: ") == 1 and "Traceback" not in said, said
     HEARD.append(said)
-    command = shlex.split(said.rpartition("to go on: python ")[2])[1:]
+    command = shlex.split(said.rpartition("to begin again: python ")[2])[1:]
     [(ended, said)] = pool(once, [(command, str(tmp_path / "log"))])
     assert ended == 0, said
     assert [line["epoch"] for line in metrics(folder)] == [0, 1]

@@ -673,7 +673,8 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_alone(whole_run):
 
 def test_a_finished_run_is_left_as_it_is(whole_run):
     before = (whole_run / "metrics.jsonl").read_bytes()
-    assert "--epochs 2: the run in " in refusal(resume, whole_run)
+    line = f"train.py: --epochs 2: {whole_run} has 2 behind it; give more epochs"
+    assert refusal(resume, whole_run) == line
     assert (whole_run / "metrics.jsonl").read_bytes() == before
 
 
@@ -924,7 +925,29 @@ def test_a_job_queues_signal_is_as_ctrl_c(tmp_path, monkeypatch, capsys):
         run(tmp_path)
     said = capsys.readouterr().err
     HEARD.append(said)
-    assert said.startswith("train.py: stopped; ") and said.endswith(f"--out {tmp_path} --resume\n")
+    assert said.startswith("train.py: stopped; no checkpoint yet; to begin again: ")
+    assert said.endswith(f"--out {tmp_path} --resume\n")
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "draw_curve", no_curve)
+    resume(tmp_path)
+    assert f", into {tmp_path}, from the beginning\n" in capsys.readouterr().out
+
+
+def test_a_run_that_is_stopped_after_a_checkpoint_goes_on(tmp_path, monkeypatch, capsys):
+    real = train.one_epoch
+
+    def interrupted(run, epoch):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return real(run, epoch)
+
+    monkeypatch.setattr(train, "one_epoch", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        run(tmp_path, "--checkpoint-every", "1")
+    assert capsys.readouterr().err.startswith("train.py: stopped; to go on: ")
+    monkeypatch.setattr(train, "one_epoch", real)
+    resume(tmp_path)
+    assert f", into {tmp_path}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rank, lines", [(0, 1), (1, 0)])
@@ -942,7 +965,7 @@ def test_of_several_processes_one_says_how_to_go_on(rank, lines, tmp_path, monke
         run(tmp_path, "--debug")
     said = capsys.readouterr().err
     HEARD.append(said)
-    assert said.count("to go on: torchrun --nproc-per-node 2 ") == lines == said.count("\n")
+    assert said.count("to begin again: torchrun --nproc-per-node 2 ") == lines == said.count("\n")
 
 
 @pytest.mark.parametrize("world, then", [(1, signal.SIG_DFL), (2, signal.SIG_IGN)])

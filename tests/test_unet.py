@@ -975,6 +975,45 @@ WHOLE = [f"{part}/{unet.WEIGHTS}" for part in ("unet", "vae")]
 LEFT = {path for path in HUB if "safety" in path or path.endswith((".bin", ".ckpt"))}
 
 
+def fake_hub(monkeypatch, cache, files, unet_config=SD_UNET):
+    """What of `files` is asked for comes into the cache: configs as they are, the rest empty."""
+    texts = {"unet/config.json": unet_config, "vae/config.json": SD_VAE}
+
+    def snapshot_download(model, allow_patterns, etag_timeout):
+        assert model == "owner/name" and etag_timeout <= 10
+        for name in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (cache / name).parent.mkdir(parents=True, exist_ok=True)
+            (cache / name).write_text(json.dumps(texts[name]) if name in texts else "")
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+
+OTHER_MODELS = {
+    "SD 2.x": {"cross_attention_dim": 1024, "use_linear_projection": True},
+    "SDXL": {"cross_attention_dim": 2048, "addition_embed_type": "text_time"},
+    "an inpainting model": {"in_channels": 9},
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_MODELS)
+def test_a_model_of_another_kind_is_refused_before_its_weights_are_fetched(
+    kind, tmp_path, monkeypatch
+):
+    fake_hub(monkeypatch, tmp_path, HUB + WHOLE, {**SD_UNET, **OTHER_MODELS[kind]})
+    with pytest.raises(UserError, match=f"unet/config.json .*: this is {kind}"):
+        unet.locate("owner/name")
+    assert {path.name for path in tmp_path.glob("**/*") if path.is_file()} == {"config.json"}
+
+
+def test_a_model_without_a_unet_is_refused_before_its_weights_are_fetched(tmp_path, monkeypatch):
+    """SD 3 and FLUX have a transformer."""
+    fake_hub(monkeypatch, tmp_path, ["transformer/config.json", f"transformer/{unet.WEIGHTS}"])
+    with pytest.raises(UserError, match="unet/config.json is not .*No such file"):
+        unet.locate("owner/name")
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_locate_takes_a_folder_as_it_is_and_asks_the_hub_for_what_a_model_needs(
     whole, tmp_path, monkeypatch
@@ -982,16 +1021,7 @@ def test_locate_takes_a_folder_as_it_is_and_asks_the_hub_for_what_a_model_needs(
     """Half precision too where there is nothing else; the text encoder's is there then."""
     assert unet.locate(str(tmp_path)) == tmp_path
     cache, left = tmp_path / "cache", LEFT
-
-    def snapshot_download(model, allow_patterns, etag_timeout):
-        assert model == "owner/name" and etag_timeout <= 10
-        files = HUB + (WHOLE if whole else [])
-        for name in filter_repo_objects(files, allow_patterns=allow_patterns):
-            (cache / name).parent.mkdir(parents=True, exist_ok=True)
-            (cache / name).touch()
-        return str(cache)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    fake_hub(monkeypatch, cache, HUB + (WHOLE if whole else []))
     assert unet.locate("owner/name") == cache
     taken = {path.relative_to(cache).as_posix() for path in cache.glob("**/*") if path.is_file()}
     if whole:
