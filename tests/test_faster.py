@@ -32,6 +32,7 @@ NAME, SCHEDULE = [3, 1, 1], NoiseSchedule.from_config(SD)
 
 
 SomeSteps = train.choose_algorithm(f"{ALGORITHMS / 'some_steps.py'}:SomeSteps")
+Recomputed = train.choose_algorithm(f"{ALGORITHMS / 'recomputed.py'}:Recomputed")
 Matching = train.choose_algorithm(f"{ALGORITHMS / 'awm.py'}:AdvantageWeightedMatching")
 
 
@@ -277,3 +278,27 @@ def test_runs_begin_at_ratio_1_and_go_on_where_they_stopped(algorithm, tmp_path)
         assert one["first_ratio_error"] == 0
         for key in ("reward_mean", "loss", "grad_norm", "approx_kl"):
             assert one[key] == other[key], key
+
+
+class CountsRows(NoisePerStep):
+    """A network whose answer depends on how many rows it is asked at once, as kernels' do."""
+
+    def forward(self, x, timesteps, context):
+        return super().forward(x, timesteps, context) * (1 + len(x) / 1000)
+
+
+@pytest.mark.parametrize("algorithm, begins_at_1", [(DDPO, False), (Recomputed, True)])
+def test_recomputed_ratios_begin_at_exactly_1_whatever_the_batches(algorithm, begins_at_1):
+    """Four pictures sampled at once, three pairs a micro-batch; the second update's too."""
+    sampler = Sampler(SCHEDULE, 4, 1.0)
+    policy, noise = BarePolicy(CountsRows(sampler), sampler), normal(4, 5, 4, 1, 1, seed=1)
+    condition = (torch.zeros(4, 1, 1), policy.uncond())
+    trajectories = sample(policy.network, sampler, *condition, noise, 1.0)
+    before = trajectories.latents.clone()
+    chosen = algorithm(choices(batch_size=2))
+    chosen.settings.micro_batch = 3
+    for batch in chosen.batches(policy, [trajectories], ["x"] * 4, torch.ones(4), NAME):
+        pieces = [batch[start : start + 3] for start in range(0, len(batch), 3)]
+        logged = [chosen.losses(policy, piece)[1]["log_ratio"] for piece in pieces]
+        assert bool(torch.cat(logged).abs().max() == 0) == begins_at_1
+    assert len(batch) == 2 * 4 and torch.equal(trajectories.latents, before)

@@ -21,9 +21,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import ddpo
+import lab
 import train
 
 HERE = Path(__file__).resolve().parent
@@ -434,6 +437,42 @@ def faster(out, quick):
     return figure, f"{searched}\n\n{table(header, rows)}"
 
 
+@torch.no_grad()
+def ratios_off_1(policy, trajectories, micro_batch):
+    """The largest |ratio - 1| of each step before any update -> list of T."""
+    samples = torch.arange(len(trajectories))
+    pairs = ddpo.all_pairs(trajectories, samples, torch.zeros(len(samples)))
+    guided, log_ratios = (policy.uncond(), policy.guidance), []
+    for i, k in zip(pairs.i.split(micro_batch), pairs.k.split(micro_batch)):
+        actions = (trajectories, i, k)
+        now = ddpo.policy_log_prob(policy.network, policy.sampler, *actions, *guided)
+        log_ratios.append(now - trajectories.log_probs[i, k])
+    off_1 = (torch.cat(log_ratios).exp() - 1).abs()
+    return off_1.reshape(-1, len(trajectories)).amax(1).tolist()
+
+
+def ratios(out, quick):
+    """What moves the ratio before the first update: other batches, latents stored in half."""
+    rows, animals = [], list(train.load_prompts("common-animals"))[:8]
+    for name, dtype in train.PRECISIONS.items():
+        policy = lab.policy(**{"steps": 3} if quick else {})
+        policy.dtype = dtype
+        trajectories, _ = lab.roll(policy, animals)
+        cases = [(f"micro-batches of {size}", trajectories, size) for size in (8, 3, 1)]
+        for kind in (torch.float16, torch.bfloat16):
+            stored = dataclasses.replace(
+                trajectories, latents=trajectories.latents.to(kind).float()
+            )
+            cases.append((f"latents stored as {str(kind).removeprefix('torch.')}", stored, 8))
+        for what, those, size in cases[: 1 if quick else None]:
+            *early, loud, last = ratios_off_1(policy, those, size)
+            rows.append([name, what, *[f"{x:.0e}" if x else "0" for x in (max(early), loud, last)]])
+    w = ddpo.noise_weights(policy.sampler).tolist()
+    heads = [f"steps 1 to {len(w) - 2}, w ≤ {max(w[:-2]):.2f}"]
+    heads += [f"step {k + 1}, w = {w[k]:.2f}" for k in (len(w) - 2, len(w) - 1)]
+    return None, table(["networks", "other than in sampling", *heads], rows)
+
+
 EXPERIMENTS = {
     "rates": rates,
     "rewards": rewards,
@@ -441,6 +480,7 @@ EXPERIMENTS = {
     "fig4": fig4,
     "fig10": fig10,
     "faster": faster,
+    "ratios": ratios,
 }
 
 
