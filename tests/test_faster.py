@@ -33,6 +33,7 @@ NAME, SCHEDULE = [3, 1, 1], NoiseSchedule.from_config(SD)
 
 SomeSteps = train.choose_algorithm(f"{ALGORITHMS / 'some_steps.py'}:SomeSteps")
 Recomputed = train.choose_algorithm(f"{ALGORITHMS / 'recomputed.py'}:Recomputed")
+BOTH = train.choose_algorithm(f"{ALGORITHMS / 'some_steps.py'}:SomeStepsEqualCredit")
 Matching = train.choose_algorithm(f"{ALGORITHMS / 'awm.py'}:AdvantageWeightedMatching")
 
 
@@ -134,7 +135,9 @@ def chosen(algorithm, policy, draw, K):
 
 @pytest.mark.parametrize("draw", ["uniform", "weighted"])
 @pytest.mark.parametrize(
-    "some, full", [(SomeSteps, DDPO), (SomeStepsScoreFunction, DDPOScoreFunction)], ids=["is", "sf"]
+    "some, full",
+    [(SomeSteps, DDPO), (SomeStepsScoreFunction, DDPOScoreFunction), (BOTH, DDPOEqualCredit)],
+    ids=["is", "sf", "equal"],
 )
 def test_the_expectation_over_all_draws_is_the_whole_gradient(some, full, draw):
     """All T^K of them, some pairs outside the clip, on either side of 1."""
@@ -145,9 +148,11 @@ def test_the_expectation_over_all_draws_is_the_whole_gradient(some, full, draw):
         policy.unet.theta += 0.1 * normal(T, 4, seed=5)
     samples = torch.arange(B)
     pairs = all_pairs(trajectories, samples, advantages)
-    off = full(choices()).losses(policy, pairs)[1]["log_ratio"].exp() - 1
+    all_steps = full(choices(clip_range=0.02))
+    all_steps.setup(policy)
+    off = all_steps.losses(policy, pairs)[1]["log_ratio"].exp() - 1
     assert (off > 0.02).any() and (off < -0.02).any() and (off.abs() < 0.02).any()
-    whole = gradient(policy, full(choices(clip_range=0.02)), pairs)
+    whole = gradient(policy, all_steps, pairs)
     algorithm, expected = chosen(some, policy, draw, K), torch.zeros(T, 4, dtype=torch.float64)
     for draws in itertools.product(range(T), repeat=K):
         k = torch.tensor(draws).repeat_interleave(B)

@@ -47,6 +47,11 @@ FASTER = {  # after the paper: what a variant's runs have in common, learning ra
     "ddpo-is, clip x 4": ("--algorithm ddpo-is --clip-range 0.0256", ("4e-4", "8e-4"), 0),
     "ddpo-equal": ("--algorithm ddpo-equal", ("2e-4", "4e-4", "8e-4"), 12),
     "some steps": (f"{PLUGGED}/some_steps.py:SomeSteps' --set K=4", ("2e-4", "4e-4", "8e-4"), 20),
+    "some steps, equal credit": (
+        f"{PLUGGED}/some_steps.py:SomeStepsEqualCredit' --set K=4",
+        ("4e-4", "8e-4"),
+        16,
+    ),
     "matching": (
         f"{PLUGGED}/awm.py:AdvantageWeightedMatching' --clip-range 0.02 --warmup 8",
         ("5e-5", "1e-4", "2e-4"),

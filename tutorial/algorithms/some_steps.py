@@ -16,7 +16,7 @@ often, and weighed down.
 import numpy as np
 import torch
 
-from ddpo import DDPO, Pairs, Trajectories, noise_weights, processes, share
+from ddpo import DDPO, DDPOEqualCredit, Pairs, Trajectories, noise_weights, processes, share
 
 
 def step_weights(p, k):
@@ -32,6 +32,7 @@ class SomeSteps(DDPO):
 
     def setup(self, policy):
         """p_t: the probability of each step."""
+        super().setup(policy)
         w = noise_weights(policy.sampler)
         w = w if self.draw == "weighted" else torch.ones_like(w)
         self.p = w / w.sum()
@@ -54,3 +55,7 @@ class SomeSteps(DDPO):
         """-> losses (b,), {name: (b,)}."""
         losses, logged = super().losses(policy, pairs)
         return losses * step_weights(self.p, pairs.k), logged
+
+
+class SomeStepsEqualCredit(SomeSteps, DDPOEqualCredit):
+    """Both: what is drawn has equal credit, so that no draw is much louder than another."""
