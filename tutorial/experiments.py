@@ -301,7 +301,8 @@ def rates(out, quick):
         outcomes = []
         for rate in values[few]:
             length = SMOKE if quick else f"--epochs {epochs}"
-            arguments = f"{ZOO} --reward {reward} --lr {rate} --seed {SEARCH_SEED} {length}"
+            arguments = f"{ZOO} --reward {reward} --algorithm ddpo-is --lr {rate} "
+            arguments += f"--seed {SEARCH_SEED} {length}"
             outcomes.append(outcome(run(out / "rates" / f"{reward}_{rate}", arguments)))
         for i, (rate, found) in enumerate(zip(values, outcomes)):
             mark = "**best**" if i == best(outcomes) else ""

@@ -40,10 +40,10 @@ COUNT, POINTS = 4, 4  # bugs a student, points a bug: 1 for the place, 2 the tes
 LARGEST = 2**16  # bytes of a test file
 SMALL = "--model zoo --device cpu --epochs 3 --samples-per-epoch 16 --samples-per-prompt 4"
 SMALL += " --steps 6 --eval-samples 16 --eval-every 1 --min-count 4 --metrics compressibility"
-PPO = f"{SMALL} --reward aesthetic --batch-size 8 --warmup 0"
-PAIRS = f"{SMALL} --reward aesthetic --batch-size 8 --warmup 0 --micro-batch 8 --sample-batch 8"
+PPO = f"{SMALL} --reward aesthetic --algorithm ddpo-is --lr 4e-4 --batch-size 8 --warmup 0"
+PAIRS = f"{PPO} --micro-batch 8 --sample-batch 8"
 RWR = f"{SMALL} --reward aesthetic --algorithm rwr --batch-size 16 --updates 12 --lr 3e-5"
-SF = f"{SMALL} --reward aesthetic --algorithm ddpo-sf"
+SF = f"{SMALL} --reward aesthetic --algorithm ddpo-sf --lr 4e-4"
 
 
 @dataclass(frozen=True)
