@@ -209,6 +209,7 @@ def prepare(quick, **given):
     import train
 
     common = {"model": "zoo", "device": "cpu", "reward": "compressibility", "metrics": ""}
+    common["algorithm"] = "ddpo-is"  # what TRL and the paper have
     out = str(Path(tempfile.gettempdir()) / "ddpo-bench")
     small = {"samples_per_epoch": 16, "batch_size": 8, "steps": 3} if quick else {}
     with contextlib.redirect_stdout(sys.stderr):  # tables alone on stdout
