@@ -410,7 +410,8 @@ def checked(reward, images, prompts):
         shown = {key: listed(values) for key, values in shown.items()}
     who = f"the reward {one_line(getattr(reward, '__name__', reward))} must"
     right = all(isinstance(x, Real) and abs(x) <= sys.float_info.max for x in scores)
-    said = f"{who} give one finite number for each of {B} pictures; it gave {one_line(given)}"
+    told = one_line(scores or given)
+    said = f"{who} give one finite number for each of {B} pictures; it gave {told}"
     require(right and len(scores) == B, said)
     odd = [key for key, values in shown.items() if len(values) != B]
     require(not odd, f"{who} show one thing for each of {B} pictures as {odd}")

@@ -127,9 +127,7 @@ class Config:
     algorithm: str = setting("ddpo-is", f"{', '.join(ALGORITHMS)}, or file.py:Class")
     set: list = setting(None, "name=value, of the algorithm's own; may be repeated", "user")
     model: str = setting("auto", "auto, zoo, a hub id, or a diffusers folder", "user free")
-    unet: str = setting(
-        None, "start from the UNet, or LoRA of --lora-rank, in this folder", "user free"
-    )
+    unet: str = setting(None, "a folder's UNet to start from, or LoRA of --lora-rank", "user free")
     prompts: str = setting("imagenet-animals", "a named set, or a text or .jsonl file, a line each")
 
     epochs: int = setting(50, "rounds of sampling and training", "free")
@@ -141,7 +139,7 @@ class Config:
     lr: float = setting(1e-5, "AdamW's learning rate (paper: 1e-5; LoRA 3e-4)", "free", least=0)
     warmup: int = setting(0, "updates over which lr rises to its value (paper: 0)", least=0)
     weight_decay: float = setting(1e-4, "AdamW's weight decay (paper: 1e-4)", least=0)
-    max_grad_norm: float = setting(1.0, "gradient clipping (paper: 1.0)", least=0)
+    max_grad_norm: float = setting(1.0, "gradient clipping (paper: 1.0)", least=1e-9)
     clip_range: float = setting(1e-4, "DDPO_IS: how far a ratio may leave 1 (paper: 1e-4)", least=0)
     batch_size: int = setting(None, "pictures an update (paper: 64; DDPO_SF 256; RWR 128)")
     updates: int = setting(None, "RWR: updates an epoch (paper: 400); DDPO: each picture once")
@@ -380,6 +378,7 @@ def load_policy(folder, device, config):
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     start = Path(config.unet or folder)
+    require(not os.path.isdir(start / "checkpoints"), f"--unet {start}: a run; give a checkpoint")
     lora = os.path.isfile(start / unet.LORA)
     part = (folder if lora else start) / "unet"
     part = part if os.path.isdir(part) else start  # a checkpoint's folder, or the UNet's own
@@ -712,7 +711,7 @@ def main(argv=None):
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except (UserError, MemoryError, RuntimeError) as error:
-        text, signs = str(error), ("MemoryError", "out of memory", "allocate", "bad_alloc")
+        text, signs = str(error), ("MemoryError", "out of memory", "allocate memory", "bad_alloc")
         full = any(sign in repr(error) for sign in signs)
         rank, world = ddpo.processes()
         # so that torchrun does not end this process before its line comes through
@@ -732,7 +731,7 @@ def main(argv=None):
         line = f"{way}: {command}" if run else "it had not begun"
         if rank == 0:
             print(f"train.py: stopped; {line}", file=sys.stderr)
-        sys.exit(getattr(stopped, "code", 130))
+        sys.exit(getattr(stopped, "code", 130) or 130)  # of a user's sys.exit(0) too
 
 
 if __name__ == "__main__":

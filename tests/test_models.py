@@ -382,7 +382,7 @@ def nothing(folder):
 def a_run(folder):
     (folder / "checkpoints").mkdir()
     (folder / "config.json").write_text('{"epochs": 30}')
-    return [], "config.json is not the config of a UNet"
+    return [], f"--unet {folder}: a run; give a checkpoint"
 
 
 def another_models(folder):

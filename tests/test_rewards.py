@@ -742,6 +742,11 @@ def test_what_is_no_score_is_refused_in_one_line_that_names_the_reward(given):
     assert len(said) < 400
 
 
+def test_what_a_generator_gave_is_shown_and_not_the_generator():
+    said = refused(scored, (float("nan") for _ in range(3)))
+    assert said.endswith("it gave [nan, nan, nan]")
+
+
 def test_extras_of_every_kind_become_lists():
     shown = {
         "list": ["x", "y", "z"],

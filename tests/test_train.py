@@ -788,6 +788,7 @@ BAD = [
     ("--algorithm rwr --updates 0", "--updates = 0"),
     ("--algorithm rwr-sparse --percentile 1.5", "--percentile = 1.5"),
     ("--seed -1", "--seed = -1; needed: a number from 0"),
+    ("--max-grad-norm 0", "--max-grad-norm = 0.0; needed: a number from 1e-09 to 1000000"),
     ("--eval-samples 1", "--eval-samples = 1; needed: a number from 2"),
     ("--min-count 40", "--min-count 40 is more than --history-size 32"),
     ("--prompts nowhere.txt", "--prompts nowhere.txt"),
@@ -914,6 +915,22 @@ def test_out_of_memory_is_one_line_that_says_what_to_try(tmp_path, monkeypatch):
     assert line.startswith("train.py: CUDA out of memory. Tried to allocate 2 GiB; try --precision")
     for option in ("--grad-checkpointing", "--lora-rank", "--micro-batch", "--sample-batch"):
         assert option in line
+
+
+def test_an_error_that_speaks_of_allocating_stays_what_it_is(tmp_path, monkeypatch):
+    failing_epoch(monkeypatch, RuntimeError("could not allocate a worker"))
+    with pytest.raises(RuntimeError, match="^could not allocate a worker$"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize("code", [0, None])
+def test_a_rewards_own_sys_exit_is_no_success(code, tmp_path, monkeypatch, capsys):
+    failing_epoch(monkeypatch, SystemExit(code))
+    with pytest.raises(SystemExit, match="130"):
+        run(tmp_path)
+    said = capsys.readouterr().err
+    HEARD.append(said)
+    assert said.startswith("train.py: stopped; no checkpoint yet; to begin again: ")
 
 
 def test_a_job_queues_signal_is_as_ctrl_c(tmp_path, monkeypatch, capsys):
