@@ -592,7 +592,7 @@ def write_checkpoint(run, epoch):
             unet.save(run.policy.unet, aside / "unet")
         tensors = {f"{i}.{name}": x for i, m in moments.items() for name, x in m.items()}
         unet.save_tensors(tensors, aside / "optimizer.safetensors")
-        write_json(aside / "state.json", state)
+        (aside / "state.json").write_text(json.dumps(state, indent=1) + "\n")
         os.replace(aside, aside.with_suffix(""))
         for old in run.checkpoints()[: -run.config.keep_checkpoints]:
             shutil.rmtree(old)

@@ -18,6 +18,7 @@ pictures, one step each. The trajectories of a whole epoch, 256 pictures of T = 
 """
 
 import argparse
+import copy
 import itertools
 import json
 import sys
@@ -158,10 +159,12 @@ def make_policy(lora, checkpointing, dtype, device):
     if lora:
         unet = add_lora(frozen(unet, dtype), lora)  # whose matrices are drawn on the CPU
     unet.gradient_checkpointing = checkpointing
+    schedule = copy.copy(SD_SCHEDULE)
+    schedule.alphas_bar = schedule.alphas_bar.to(device)
     policy = ddpo.Policy(
         unet=unet,
         vae=vae,
-        sampler=Sampler(SD_SCHEDULE.to(device), 1, 1.0),
+        sampler=Sampler(schedule, 1, 1.0),
         tokenizer=Tokenizer(),
         text_encoder=encoder,
         device=device,

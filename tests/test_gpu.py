@@ -36,6 +36,11 @@ def test_on_a_cpu_the_zoos_numbers_are_the_cpus(tmp_path, monkeypatch, capsys):
     assert found["conditions"]["device"] == "CPU"
 
 
+def test_memory_is_counted_on_a_cpu_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.main(["--tiny", "memory"]) == 0
+
+
 def test_a_part_that_fails_or_takes_too_long_leaves_its_rows_and_the_next_ones_run(
     monkeypatch, tmp_path, capsys
 ):

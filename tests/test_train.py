@@ -1050,6 +1050,13 @@ def test_a_full_disk_ends_in_one_line(place, tmp_path, monkeypatch):
     assert f"{tmp_path}/run" in line and "cannot be written: No space left" in line
 
 
+def test_an_algorithms_state_is_not_written_as_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(ddpo.DDPO, "state_dict", lambda self: {"mean": torch.ones(1)})
+    with pytest.raises(TypeError, match="Tensor is not JSON serializable"):
+        run(tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]" * 6))
+
+
 def test_a_curve_that_cannot_be_written_ends_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "draw_curve", CURVE)
     full_disk(monkeypatch, train.Figure, "savefig", "reward.png")
