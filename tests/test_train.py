@@ -1052,8 +1052,9 @@ def test_a_full_disk_ends_in_one_line(place, tmp_path, monkeypatch):
 
 def test_an_algorithms_state_is_not_written_as_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(ddpo.DDPO, "state_dict", lambda self: {"mean": torch.ones(1)})
-    with pytest.raises(TypeError, match="Tensor is not JSON serializable"):
+    with pytest.raises(TypeError, match="Tensor is not JSON serializable") as caught:
         run(tmp_path / "run")
+    HEARD.append(f"TypeError: {caught.value}")
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]" * 6))
 
 
