@@ -319,6 +319,8 @@ def make_aesthetic(settings, device):
 
 def make_alignment(settings, device):
     """`alignment` with its models on `device`, or behind --vlm-url. Raises UserError."""
+    hint = "leave <image> out, the picture goes in by itself"
+    require("<image>" not in settings.vlm_question, f"--vlm-question: {hint}")
     score = BertScore(settings.bert, settings.bert_layer, device)
     url, vlm = settings.vlm_url, settings.vlm
     describe = ChatServer(url, vlm) if url else Llava(vlm, device)

@@ -497,7 +497,8 @@ def load_rewards(config, device, metadata):
     specs = [spec.strip() for spec in config.metrics.split(",")]
     for spec in [spec for spec in specs if spec not in ("", config.reward)]:
         name = spec.rpartition(":")[2]
-        require(name not in rewards, f"--metrics {config.metrics}: two are named {name}")
+        taken = (*rewards, "epoch", "prompts", "rewards", "shown")
+        require(name not in taken, f"--metrics {config.metrics}: the name {name} is taken")
         rewards[name] = make_reward(spec, config, device, "--metrics", metadata)
     try:
         return rewards, clip_embedder(config.clip, device)

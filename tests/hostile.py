@@ -174,7 +174,9 @@ def honest():
 
 def main():
     """Both."""
-    began = time.monotonic()
+    began, closed = time.monotonic(), grade.unreachable()
+    if closed:
+        raise SystemExit(f"{closed}, where Python is, is closed to nobody, whom workers become")
     os.environ["OMP_NUM_THREADS"] = "1"
     grade.adopt_orphans()
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -298,6 +298,12 @@ def test_alignment_is_the_recall_of_the_prompt_in_the_description(minilm):
     assert given.tolist() == recall.tolist() and given[0] > given[1]
 
 
+def test_a_question_with_a_placeholder_for_the_picture_is_refused():
+    settings = SimpleNamespace(vlm_question="<image> what is it?")
+    said = refused(rewards.make_reward, "alignment", settings, "cpu")
+    assert "--vlm-question: leave <image> out" in said
+
+
 def test_the_zoos_llava_describes_each_picture_by_itself(zoo, monkeypatch):
     """More pictures than one batch, in their order."""
     vlm = rewards.Llava(str(zoo.parent / "llava"), "cpu", batch=2)

@@ -141,7 +141,7 @@ def test_a_lora_run_writes_a_file_of_its_own_and_nothing_else_of_the_unet(tmp_pa
     other = unet.add_lora(unet.load(unet.UNet, small_model() / "unet"), 3)
     unet.save_tensors(unet.lora_weights(other), checkpoint / unet.LORA)
     line = refusal(resume, folder, "--epochs", "2")
-    assert "is no LoRA of this rank, its alpha" in line
+    assert "is no plain LoRA of --lora-rank" in line
 
 
 def test_the_learning_rate_of_a_lora_is_the_papers_or_the_models_own(tmp_path):

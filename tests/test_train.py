@@ -798,7 +798,7 @@ BAD = [
     ("--steps 2000", "--steps 2000: between 1 and 1000"),
     ("--resume", "--resume needs --out"),
     ("--metrics compressibility,nowhere.py:f", "nowhere.py:f"),
-    ("--metrics incompressibility,incompressibility", "two are named incompressibility"),
+    ("--metrics incompressibility,incompressibility", "the name incompressibility is taken"),
     ("--set x", "--set x: the algorithm has no such setting"),
     ("--set limit=3", "--set limit=3: the algorithm has no such setting"),
     ("--set advantage_limit=high", "--set advantage_limit=high: could not convert string to float"),
@@ -893,10 +893,11 @@ def test_a_reward_without_a_number_for_each_picture_ends_in_one_line(tmp_path):
     assert "reward bad must give one finite number for each of 4 pictures" in line
 
 
-def test_what_is_watched_may_not_have_the_name_of_what_is_learnt(tmp_path):
-    (tmp_path / "mine.py").write_text(BRIGHTNESS.replace("brightness", "reward"))
-    line = refusal(run, tmp_path / "run", "--metrics", f"{tmp_path}/mine.py:reward")
-    assert "two are named reward" in line
+@pytest.mark.parametrize("name", ["reward", "rewards", "prompts", "epoch", "shown"])
+def test_what_is_watched_may_not_have_a_name_that_is_taken(name, tmp_path):
+    (tmp_path / "mine.py").write_text(BRIGHTNESS.replace("brightness", name))
+    line = refusal(run, tmp_path / "run", "--metrics", f"{tmp_path}/mine.py:{name}")
+    assert f"the name {name} is taken" in line and not (tmp_path / "run").exists()
 
 
 def failing_epoch(monkeypatch, error):

@@ -1,0 +1,113 @@
+"""TRL's DDPO on the zoo's aesthetic reward, to set beside `tutorial/experiments.py faster`.
+
+    PYTHON tests/trl_gain.py train runs/trl --lr 4e-4 --seed 4      # PYTHON: with trl 0.23.1
+    python tests/trl_gain.py evaluate runs/trl --seed 4             # with this project's own
+
+The same model, reward, prompts, pictures an epoch and an update, steps, guidance and clip range as
+ours; TRL knows no warm-up. Its networks are judged by our evaluation, on the noises of the seed.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train  # TRL's interpreter has to have its packages too
+
+EVERY = 4  # epochs between the networks that are kept
+
+
+def config(args):
+    """TRL's settings."""
+    from trl import DDPOConfig
+
+    return DDPOConfig(
+        seed=args.seed,
+        sample_num_steps=12,
+        sample_batch_size=64,
+        sample_num_batches_per_epoch=1,
+        train_batch_size=16,
+        train_gradient_accumulation_steps=1,
+        sample_eta=1.0,
+        sample_guidance_scale=4.0,
+        train_cfg=True,
+        train_learning_rate=args.lr,
+        train_clip_range=6.4e-3,
+        train_adv_clip_max=10.0,
+        train_timestep_fraction=args.fraction,
+        mixed_precision="no",
+        per_prompt_stat_tracking=True,
+        per_prompt_stat_tracking_buffer_size=32,
+        per_prompt_stat_tracking_min_count=8,
+        allow_tf32=False,
+        save_freq=10**9,
+        accelerator_kwargs={"cpu": True},
+    )
+
+
+def run_trl(args):
+    """Train; the seconds of each epoch go into seconds.json, a UNet is kept every few epochs."""
+    import torch
+    from accelerate import PartialState
+    from trl import DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+
+    settings = train.merge({"model": "zoo", "reward": "aesthetic", "metrics": ""}, train.ZOO)
+    settings = train.placed(settings, train.ZOO)
+    score = train.make_reward("aesthetic", settings, "cpu")
+    animals = list(train.load_prompts(settings.prompts))
+    rngs = (np.random.default_rng([args.seed, epoch]) for epoch in itertools.count())
+    drawn = (prompt for rng in rngs for prompt in train.draw_prompts(animals, 64, 8, rng))
+
+    def reward(images, prompts, metadata):
+        pictures = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        return torch.as_tensor(score(pictures, list(prompts))), {}
+
+    PartialState(cpu=True)  # TRL logs before it makes its own
+    model = DefaultDDPOStableDiffusionPipeline(pretrained_model_name=str(train.ZOO), use_lora=False)
+    trainer = DDPOTrainer(config(args), reward, lambda: (next(drawn), {}), model)
+    seconds, step = [], 0
+    for epoch in range(args.epochs):
+        begin = time.time()
+        step = trainer.step(epoch, step)
+        seconds.append(round(time.time() - begin, 2))
+        print(epoch + 1, seconds[-1], flush=True)
+        if (epoch + 1) % EVERY == 0:
+            model.unet.save_pretrained(args.folder / f"{epoch + 1:02d}")
+    (args.folder / "seconds.json").write_text(json.dumps(seconds))
+
+
+def evaluate(args):
+    """A line for each network that was kept: queries, gain, judge, raters' truth."""
+    out = args.folder / "evaluated"
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    given = {"model": "zoo", "device": "cpu", "reward": "aesthetic", "seed": args.seed}
+    run = train.prepare({**given, "out": str(out)})
+    train.evaluate(run, 0)
+    for folder in sorted(args.folder.glob("[0-9]" * 2)):
+        weights = train.unet.load(train.unet.UNet, folder).state_dict()
+        run.policy.unet.load_state_dict(weights)
+        found = train.evaluate(run, int(folder.name))
+        texts = [f"{found[f'eval_{name}']:.2f}" for name in ("gain_sd", "judged_right_mean")]
+        print(found["eval_queries"], *texts, f"{found['eval_truth_mean']:.2f}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="TRL's DDPO on the zoo's aesthetic reward.")
+    parser.add_argument("what", choices=["train", "evaluate"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--fraction", type=float, default=1.0, help="train_timestep_fraction")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=4)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    {"train": run_trl, "evaluate": evaluate}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
