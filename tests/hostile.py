@@ -174,9 +174,7 @@ def honest():
 
 def main():
     """Both."""
-    began, closed = time.monotonic(), grade.unreachable()
-    if closed:
-        raise SystemExit(f"{closed}, where Python is, is closed to nobody, whom workers become")
+    began = time.monotonic()
     os.environ["OMP_NUM_THREADS"] = "1"
     grade.adopt_orphans()
     with socket.create_server(("127.0.0.1", 0)) as server:

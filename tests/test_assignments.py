@@ -222,8 +222,6 @@ def test_the_hand_out_holds_none_of_the_cut_bodies(given_out):
 
 def graded(folder, out, **options):
     """results.json of a submission, by processes of its own."""
-    if grade.unreachable():
-        pytest.skip(f"{grade.unreachable()}, where Python is, is closed to nobody")
     grade.grade(folder, out, **options)
     return json.loads(out.read_text())
 
@@ -274,18 +272,6 @@ def test_grade_in_processes_of_its_own(given_out, tmp_path):
     assert found["tests"][0]["output"].startswith("right.")
     assert "ppo_loss" in found["tests"][1]["output"] and "the sign is turned" in json.dumps(found)
     assert [test["max_score"] for test in found["tests"]] == [2, 5]
-
-
-def test_a_python_that_workers_cannot_look_into_is_refused(tmp_path, monkeypatch, capsys):
-    """Rather than marking right code as wrong: a virtual environment in root's own folder."""
-    (tmp_path / "closed" / "venv").mkdir(parents=True)
-    (tmp_path / "closed").chmod(0o700)
-    monkeypatch.setattr(sys, "prefix", str(tmp_path / "closed" / "venv"))
-    monkeypatch.setattr(grade.os, "getuid", lambda: 0)
-    with pytest.raises(SystemExit) as end:
-        grade.main([str(ROOT), "--out", str(tmp_path / "results.json")])
-    assert end.value.code == 2 and not (tmp_path / "results.json").exists()
-    assert "is closed to nobody, whom workers become: open it" in capsys.readouterr().err
 
 
 def test_check_names_a_mistake_in_a_filled_hand_out(given_out, tmp_path, capfd):
