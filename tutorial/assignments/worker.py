@@ -33,6 +33,8 @@ except ImportError:  # Windows
 MEMORY, FILE = 4 * 2**30, 2**24  # bytes
 NOBODY = 65534
 LARGEST = 10_000  # numbers in an output
+# What libraries import only when it is needed, which in a private environment is too late.
+LATER = ("numpy.ctypeslib", "numpy.ma", "PIL.ImageFile", "PIL.JpegImagePlugin", "torch.nn")
 
 
 class Network:
@@ -339,10 +341,8 @@ def main():
     for file in files if job["reference"] else ():  # a variant has no reference, but may use them
         importlib.import_module(file if file != "variants" else "ddpo")
     torch.set_num_threads(1)
-    # what is imported only when it is needed: numpy's part of safetensors, autograd's of torch
-    one = torch.ones(1, requires_grad=True)
-    torch.autograd.grad(one.square().sum(), one)
-    write(folder / "ready.safetensors", {"ready": {"yes": one.detach()}})
+    for name in LATER:
+        importlib.import_module(name)
     (folder / "ready").touch()
     limit()
     if job["confined"]:
