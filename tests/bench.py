@@ -396,15 +396,15 @@ def our_epochs(args):
     return one
 
 
-def trl_config(args):
-    """TRL's in its best setting.
+def trl_config(args, **more):
+    """TRL's in its best setting; `more`: other settings of its own.
 
     All pictures are sampled at once; in training all of an update's pictures are in each pass, a
     timestep a pass.
     """
     from trl import DDPOConfig
 
-    return DDPOConfig(
+    settings = dict(
         sample_num_steps=args.steps,
         sample_batch_size=args.pictures,
         sample_num_batches_per_epoch=1,
@@ -423,6 +423,7 @@ def trl_config(args):
         save_freq=10**9,
         accelerator_kwargs={"cpu": True},
     )
+    return DDPOConfig(**{**settings, **more})
 
 
 def trl_epochs(args):

@@ -13,41 +13,23 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bench
 import train  # TRL's interpreter has to have its packages too
 
 EVERY = 4  # epochs between the networks that are kept
 
 
 def config(args):
-    """TRL's settings."""
-    from trl import DDPOConfig
-
-    return DDPOConfig(
-        seed=args.seed,
-        sample_num_steps=12,
-        sample_batch_size=64,
-        sample_num_batches_per_epoch=1,
-        train_batch_size=16,
-        train_gradient_accumulation_steps=1,
-        sample_eta=1.0,
-        sample_guidance_scale=4.0,
-        train_cfg=True,
-        train_learning_rate=args.lr,
-        train_clip_range=6.4e-3,
-        train_adv_clip_max=10.0,
-        train_timestep_fraction=args.fraction,
-        mixed_precision="no",
-        per_prompt_stat_tracking=True,
-        per_prompt_stat_tracking_buffer_size=32,
-        per_prompt_stat_tracking_min_count=8,
-        allow_tf32=False,
-        save_freq=10**9,
-        accelerator_kwargs={"cpu": True},
-    )
+    """TRL's settings, with the zoo's numbers."""
+    sizes = SimpleNamespace(steps=12, pictures=64, batch=16)
+    numbers = {"sample_guidance_scale": 4.0, "per_prompt_stat_tracking_min_count": 8}
+    own = {"train_learning_rate": args.lr, "train_timestep_fraction": args.fraction}
+    return bench.trl_config(sizes, seed=args.seed, **numbers, **own)
 
 
 def run_trl(args):

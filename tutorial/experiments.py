@@ -216,6 +216,14 @@ def best(outcomes):
     return min(range(len(outcomes)), key=lambda i: outcomes[i].cost)
 
 
+def marked(heads, outcomes, mark="**chosen**"):
+    """The place of the winner, and a row of a table for each outcome, the winner's marked."""
+    winner = best(outcomes)
+    rows = [[*head, *found.texts(), ""] for head, found in zip(heads, outcomes)]
+    rows[winner][-1] = mark
+    return winner, rows
+
+
 def search(out, quick, algorithms=tuple(SEARCH)):
     """Each algorithm's settings, by the same search -> {algorithm: the winner's}, a table."""
     winners, rows = {}, []
@@ -226,11 +234,9 @@ def search(out, quick, algorithms=tuple(SEARCH)):
             how_long = length(algorithm, settings, quick, "--eval-every 1000")
             arguments = f"{COMMON} --algorithm {algorithm} {settings} {how_long}"
             outcomes.append(outcome(run(out / "search" / f"{algorithm}_{name}", arguments)))
-        winner = best(outcomes)
+        winner, found = marked([[algorithm, f"`{own}`"] for own, _, _ in cells], outcomes)
         winners[algorithm] = cells[winner][1]
-        for i, (own, _, _) in enumerate(cells):
-            mark = "**chosen**" if i == winner else ""
-            rows.append([algorithm, f"`{own}`", *outcomes[i].texts(), mark])
+        rows += found
     return winners, table(["algorithm", "settings", *GAINS, ""], rows)
 
 
@@ -304,9 +310,8 @@ def rates(out, quick):
             arguments = f"{ZOO} --reward {reward} --algorithm ddpo-is --lr {rate} "
             arguments += f"--seed {SEARCH_SEED} {length}"
             outcomes.append(outcome(run(out / "rates" / f"{reward}_{rate}", arguments)))
-        for i, (rate, found) in enumerate(zip(values, outcomes)):
-            mark = "**best**" if i == best(outcomes) else ""
-            rows.append([f"{reward}, {epochs}", f"`--lr {rate}`", *found.texts(), mark])
+        heads = [[f"{reward}, {epochs}", f"`--lr {rate}`"] for rate in values]
+        rows += marked(heads, outcomes, "**best**")[1]
     return None, table(["reward, epochs", "learning rate", *GAINS, ""], rows)
 
 
@@ -367,11 +372,9 @@ def faster_search(out, quick):
             arguments = f"{ZOO} --reward aesthetic {settings} --seed {SEARCH_SEED} {length}"
             folder = out / "faster" / f"{name.replace(' ', '-')}_{rate}"
             outcomes.append(outcome(run(folder, arguments)))
-        winner = best(outcomes)
+        winner, found = marked([[name, f"`--lr {rate}`"] for rate in values], outcomes)
         winners[name] = cells[winner]
-        for i, found in enumerate(outcomes):
-            mark = "**chosen**" if i == winner else ""
-            rows.append([name, f"`--lr {values[i]}`", *found.texts(), mark])
+        rows += found
     return winners, table(["variant", "learning rate", *GAINS, ""], rows)
 
 
