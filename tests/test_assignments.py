@@ -274,6 +274,28 @@ def test_grade_in_processes_of_its_own(given_out, tmp_path):
     assert [test["max_score"] for test in found["tests"]] == [2, 5]
 
 
+LATE = """
+import importlib, sys
+sys.path[:0] = [{assignments!r}, {root!r}]
+import worker, ddpo, rewards
+for name in worker.LATER:
+    importlib.import_module(name)
+before = set(sys.modules)
+rewards.incompressibility(worker.np.zeros((1, 8, 8, 3), worker.np.uint8), ["a cat"])
+ddpo.rwr_weights(["a cat", "a dog"], worker.torch.zeros(2), 1.0)
+worker.write(worker.Path({file!r}), {{"a": {{"b": worker.torch.zeros(1)}}}})
+print([name for name in sys.modules if name not in before and name.split(".")[0] != "encodings"])
+"""
+
+
+def test_workers_import_nothing_after_the_door_is_shut(tmp_path):
+    """Then they are nobody, who cannot look into a private environment, as CI's is."""
+    folders = {"root": str(ROOT), "assignments": str(ROOT / "tutorial" / "assignments")}
+    code = LATE.format(**folders, file=str(tmp_path / "x.safetensors"))
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]"
+
+
 def test_check_names_a_mistake_in_a_filled_hand_out(given_out, tmp_path, capfd):
     """Out of its own files, which hold no formula; what is built on a wrong function waits."""
     folder = tmp_path / "mine"

@@ -164,3 +164,26 @@ def test_every_table_of_the_page_has_its_marks():
     page = (ROOT / "tutorial" / "experiments.md").read_text(encoding="utf-8")
     for name in experiments.EXPERIMENTS:
         assert page.count(f"<!-- {name} -->\n") == page.count(f"<!-- end of {name} -->\n") == 1
+
+
+def evaluated(gains, judge, seconds):
+    """The lines of a run of 64 pictures an epoch that is evaluated at its beginning and after."""
+    parts = {"seconds_sampling": seconds - 3.0, "seconds_reward": 1.0, "seconds_training": 2.0}
+    names = ("eval_gain_sd", "eval_judged_right_mean", "eval_queries")
+    rest = {"eval_truth_mean": 6.0, "eval_diversity": 0.25}
+    rows = zip(gains, judge, range(0, 64 * len(gains), 64))
+    seen = [dict(zip(names, row)) for row in rows]
+    return [{"reward_queries": 64 * (n + 1), **parts, **rest, **x} for n, x in enumerate(seen)]
+
+
+def test_when_a_gain_is_reached_by_hand():
+    """Half way from 0.2 to 0.6 is 0.4: at 1.5 evaluations, of 64 queries and 10 seconds each."""
+    assert experiments.crossing([0, 64, 128], [0.0, 0.2, 0.6], 0.4) == pytest.approx(96)
+    assert experiments.crossing([0, 64, 128], [0.0, 0.2, 0.6], 0.6) == 128
+    assert experiments.crossing([0, 64], [0.0, 0.2], 0.4) is None
+    runs = [evaluated([0.0, 0.1, 0.5], [0.9, 0.8, 0.6], 10.0)]
+    runs.append(evaluated([0.0, 0.3, 0.7], [1.0, 0.8, 0.6], 10.0))
+    row = experiments.faster_row("x", runs, 0.4)
+    assert row[:4] == ["x", "128", "0.60 ± 0.10 (0.50, 0.70)", "95% → 60%"]
+    assert row[4:] == ["6.00", "0.25", "10.0", "96", "15", "70%"]
+    assert experiments.faster_row("x", runs, 0.7)[-3:] == ["never", "", ""]

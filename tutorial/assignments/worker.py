@@ -34,7 +34,8 @@ MEMORY, FILE = 4 * 2**30, 2**24  # bytes
 NOBODY = 65534
 LARGEST = 10_000  # numbers in an output
 # What libraries import only when it is needed, which in a private environment is too late.
-LATER = ("numpy.ctypeslib", "numpy.ma", "PIL.ImageFile", "PIL.JpegImagePlugin", "torch.nn")
+LATER = ["numpy.ctypeslib", "numpy.ma"]
+LATER += [f"PIL.{kind}ImagePlugin" for kind in ("Bmp", "Gif", "Jpeg", "Ppm", "Png")]
 
 
 class Network:
