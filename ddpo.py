@@ -657,6 +657,7 @@ def join(device):
         torch.cuda.set_device(device)
     with refusing("WORLD_SIZE is set: start by torchrun, or unset it", ValueError):
         dist.init_process_group(timeout=timedelta(hours=2))  # a slow reward is no death
+        dist.barrier()  # one that ended now would leave the others a traceback
 
 
 def together():

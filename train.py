@@ -703,8 +703,7 @@ def main(argv=None):
     given, run = parse(argv), None
     if hasattr(sys.stdout, "reconfigure"):  # not all terminals can print all prompts
         sys.stdout.reconfigure(errors="backslashreplace")
-    # torchrun's, when another process has died, or a job queue's
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # torchrun's, or a job queue's
     try:
         run = prepare(given)
         loop(run)

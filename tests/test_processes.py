@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import shlex
 import shutil
 import signal
@@ -487,8 +486,9 @@ def test_a_batch_that_two_processes_cannot_share_is_refused_in_one_line(pool, tm
     [(codes, logs)] = pool(pair, [(tiny(*options), str(tmp_path / "odd"))])
     assert codes == [1, 1] and not (tmp_path / "odd").exists()
     for rank, log in enumerate(logs):
-        [line] = [line for line in log.splitlines() if not line.startswith("[Gloo]")]
-        assert line.startswith(f"train.py: process {rank} of 2: ")
+        # a library's own lines, of a machine whose name nobody resolves for one, begin with [
+        [line] = [line for line in log.splitlines() if not line.startswith("[")]
+        assert line.startswith(f"train.py: process {rank} of 2: "), log
         HEARD.append(line)
         assert "--batch-size 3" in line
         assert "multiples of the number of processes, 2" in line
@@ -521,9 +521,8 @@ def test_a_process_that_is_killed_ends_them_all_and_the_checkpoint_before_goes_o
     out, errors = job.communicate(timeout=200)
     assert job.returncode != 0 and time.time() - died.stat().st_mtime < 60
     said = [line for line in errors.splitlines() if line.startswith("train.py: ")]
-    assert len(said) == 1, errors
-    HEARD.append(re.sub("process 0 of 2: ", "", said[0]))
-    assert "process 0 of 2" in said[0] or "--resume" in said[0]
+    # on a busy machine torchrun ends the first process before it hears of the other's death
+    assert len(said) == 1 and "--resume" in said[0], errors
     assert "Traceback" not in errors.partition("train.py: ")[0], errors
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert names == ["000001", "000002"]
@@ -531,6 +530,19 @@ def test_a_process_that_is_killed_ends_them_all_and_the_checkpoint_before_goes_o
     [(_, code, log)] = pool(live, [(arguments, str(folder), [])])
     assert code == 0 and "resuming from" in log and "000002" in log, log
     assert [line["epoch"] for line in metrics(folder)] == [0, 1, 2, 3]
+
+
+def test_the_other_process_says_that_one_was_killed(pool, tmp_path):
+    """Where nobody ends it before it can."""
+    folder, died = tmp_path / "run", tmp_path / "died"
+    code = FATAL.format(checkpoint=str(folder / "checkpoints" / "000002"), died=str(died))
+    (tmp_path / "mine.py").write_text(code)
+    arguments = tiny("--reward", f"{tmp_path}/mine.py:fatal", "--epochs", "4", "--eval-every", "4")
+    [(codes, logs)] = pool(pair, [(arguments, str(folder))])
+    assert codes == [1, -signal.SIGKILL]
+    [said] = [line for line in logs[0].splitlines() if line.startswith("train.py: ")]
+    assert said.startswith("train.py: process 0 of 2: ") and "Traceback" not in logs[0], logs[0]
+    HEARD.append(said.replace("process 0 of 2: ", ""))
 
 
 @pytest.fixture(scope="module")
