@@ -183,7 +183,7 @@ def test_when_a_gain_is_reached_by_hand():
     assert experiments.crossing([0, 64], [0.0, 0.2], 0.4) is None
     runs = [evaluated([0.0, 0.1, 0.5], [0.9, 0.8, 0.6], 10.0)]
     runs.append(evaluated([0.0, 0.3, 0.7], [1.0, 0.8, 0.6], 10.0))
-    row = experiments.faster_row("x", runs, 0.4)
+    row = experiments.variant_row("x", runs, 0.4)
     assert row[:4] == ["x", "128", "0.60 ± 0.10 (0.50, 0.70)", "95% → 60%"]
     assert row[4:] == ["6.00", "0.25", "10.0", "96", "15", "70%"]
-    assert experiments.faster_row("x", runs, 0.7)[-3:] == ["never", "", ""]
+    assert experiments.variant_row("x", runs, 0.7)[-3:] == ["never", "", ""]
