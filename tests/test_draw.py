@@ -31,10 +31,11 @@ def home(tmp_path_factory):
     """Where the page's commands would have left a tuned UNet and a LoRA of the zoo -> folder."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "tutorial").symlink_to(ROOT / "tutorial")
+    last = f"{json.loads((train.ZOO / 'ddpo.json').read_text())['aesthetic']['epochs']:06d}"
     net = unet.load(unet.UNet, train.ZOO / "unet")
     net.conv_in.bias.data += 0.3 * normal(*net.conv_in.bias.shape)
-    unet.save(net, folder / "runs" / "aesthetic" / "checkpoints" / "000016" / "unet")
-    lora = folder / "runs" / "lora" / "checkpoints" / "000016"
+    unet.save(net, folder / "runs" / "aesthetic" / "checkpoints" / last / "unet")
+    lora = folder / "runs" / "lora" / "checkpoints" / last
     lora.mkdir(parents=True)
     unet.save_tensors(unet.lora_weights(awaken(unet.add_lora(net, 4), 0.05)), lora / unet.LORA)
     return folder
@@ -62,10 +63,8 @@ def test_a_lora_has_kohyas_names_after_the_pages_second_snippet(home, monkeypatc
     """lora_unet_<diffusers' name, with underscores>, and an alpha that makes its scale 1."""
     monkeypatch.chdir(home)
     exec(snippets()[1], {})
-    theirs, ours = (
-        load_file("lora.safetensors"),
-        load_file(f"runs/lora/checkpoints/000016/{unet.LORA}"),
-    )
+    (written,) = home.glob(f"runs/lora/checkpoints/*/{unet.LORA}")
+    theirs, ours = load_file("lora.safetensors"), load_file(written)
     expected = {}
     for key in UNet2DConditionModel.from_pretrained(train.ZOO / "unet").state_dict():
         if re.search(r"attn[12]\.to_(q|k|v|out\.0)\.weight", key):

@@ -70,6 +70,18 @@ def test_the_map_covers_the_paper_and_leads_to_what_there_is():
         chapters.quotation(f"{module}.{name}")
 
 
+def test_the_reference_has_the_zoos_own_settings():
+    own = json.loads((TUTORIAL / "zoo" / "stable-diffusion" / "ddpo.json").read_text())
+    text = prose(TUTORIAL / "reference.md")
+    rows = dict(re.findall(r"^\| (`--.*?) \|.*\| (.*) \|$", text, re.MULTILINE))
+    kinds = ("aesthetic", "alignment", "incompressibility")
+    epochs = [f"{kind} {own[kind]['epochs']}" for kind in kinds]
+    assert rows["`--epochs`"].startswith("; ".join([str(own["all"]["epochs"]), *epochs]))
+    rates = [own[kind]["lr"] for kind in ("all", "aesthetic", "alignment")]
+    found = re.findall(r"\d+e-4", rows["`--lr`, `--warmup`, `--clip-range`"])
+    assert [float(rate) for rate in found] == rates
+
+
 def test_the_lab_is_small():
     assert len((TUTORIAL / "lab.py").read_text(encoding="utf-8").splitlines()) <= 120
 

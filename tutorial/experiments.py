@@ -263,7 +263,7 @@ def only_search(out, quick):
 
 def panels(label):
     """A picture of two: reward and judge of the fixed pictures -> figure, left, right."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.set(xlabel=label, ylabel="compressibility (minus kB), 64 fixed pictures")
     right.set(xlabel=label, ylabel="share that the judge finds right", ylim=(0, 1))
@@ -445,7 +445,7 @@ def compare(out, quick, variants, seeds):
             folder = out / f"{name.replace(' ', '-')}_seed{seed}"
             if epochs:
                 runs.setdefault(name, []).append(lines_of(run(folder, arguments)))
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     left.set(xlabel="reward queries", ylabel="gain, standard deviations of the base")
     right.set(xlabel="seconds of sampling, reward and training")

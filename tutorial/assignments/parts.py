@@ -347,8 +347,8 @@ def reward_units():
 
 
 PARTS = [
-    Part(1, 2, 10, 1, "Eq. 1", "a fox dissolves", [add_noise_unit()]),
-    Part(2, 5, 35, 1, "Sec. 3.1", "chapter 1's film", ddim_units()),
+    Part(1, 2, 10, 1, "Sec. 3.1", "a fox dissolves", [add_noise_unit()]),
+    Part(2, 5, 35, 1, "Eq. 2", "chapter 1's film", ddim_units()),
     Part(3, 4, 25, 2, "Eq. 3", "the grid of guidance weights", guidance_units()),
     Part(4, 4, 35, 3, "Sec. 4.3", "16 animals", [sample_unit()]),
     Part(5, 4, 30, 4, "Eq. 2", "log p by step", [log_prob_unit()]),
