@@ -265,7 +265,8 @@ def fitted(fixed, room, unet_config):
         c = Config(**{**dict(zip(FITTED, (precision, saving, batch, batch))), **fixed})
         if set(FITTED) <= set(fixed) or memory_needed(c, unet_config) < 0.9 * room[0]:
             return c
-    less = "--vlm-url or --model zoo" if c.lora_rank else "--lora-rank 4"
+    lora = not c.lora_rank and fitted({**fixed, "lora_rank": 4}, room, unet_config)  # or raises
+    less = "--lora-rank 4" if lora else "--vlm-url or " * (c.reward == "alignment") + "--model zoo"
     raise UserError(f"the card's {room[0] / 1e9:.0f} GB are too few: try {less}")
 
 
