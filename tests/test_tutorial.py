@@ -11,6 +11,7 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "tutorial"))
 import chapters
+import train
 
 ROOT = Path(__file__).parents[1]
 TUTORIAL = ROOT / "tutorial"
@@ -184,3 +185,25 @@ def test_a_notebook_has_the_blocks_the_formulas_and_no_outputs():
     assert "formula $x$" in sources[6] and "$$\nx = 3\n$$" in sources[6]
     assert f"]({chapters.REPOSITORY}/blob/main/ddpo.py)" in sources[6]
     assert all(cell["outputs"] == [] for cell in book["cells"] if cell["cell_type"] == "code")
+
+
+def test_the_reference_has_the_zoos_numbers():
+    """Of epochs, pictures and rates: that of most runs first, and by name all that have another."""
+    kinds = {reward: {"reward": reward} for reward in ("aesthetic", "incompressibility")}
+    plain = {"reward": "compressibility"}
+    kinds |= {"alignment": {"reward": "alignment"}, "": plain}
+    kinds |= {"DDPO-SF": {**plain, "algorithm": "ddpo-sf"}, "RWR": {**plain, "algorithm": "rwr"}}
+    lines = (TUTORIAL / "reference.md").read_text(encoding="utf-8").splitlines()
+    for name in ("epochs", "samples_per_epoch", "lr"):
+        (row,) = [line for line in lines if line.startswith(f"| `{train.flag(name)}`")]
+        cell = row.split(" | ")[-1]
+        said = re.findall(f"({'|'.join(filter(None, kinds))}) ([0-9.e-]+)", cell)
+        said = {"": re.match("[0-9.e-]+", cell)[0], **dict(said)}
+        for kind, given in kinds.items():
+            runs = getattr(train.merge(given, train.ZOO), name)
+            assert runs == float(said.get(kind, said[""])), f"{name} {kind}"
+    (row,) = [line for line in lines if line.startswith("| `--algorithm`")]
+    for given in ("aesthetic", "compressibility", "incompressibility", "alignment", "mine.py:f"):
+        runs = train.merge({"reward": given}, train.ZOO).algorithm
+        own = given in ("alignment", "mine.py:f")
+        assert runs == re.findall("`([a-z-]+)`", row.split(" | ")[-1])[own]
