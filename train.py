@@ -382,7 +382,7 @@ def load_policy(folder, device, config):
     require(not os.path.isdir(start / "checkpoints"), f"--unet {start}: a run; give a checkpoint")
     lora = os.path.isfile(start / unet.LORA)
     part = (folder if lora else start) / "unet"
-    part = part if os.path.isdir(part) else start  # a checkpoint's folder, or the UNet's own
+    part = part if os.path.isdir(part) or not config.unet else start  # a checkpoint or a UNet's own
     net = unet.load(unet.UNet, part, dtype if rank else torch.float32)
     if rank:
         net = unet.add_lora(net, rank, config.seed)

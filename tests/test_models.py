@@ -410,6 +410,13 @@ def test_a_start_that_is_no_folder_is_refused(start, tmp_path):
     assert f"{start}/config.json is not the config of a UNet" in line
 
 
+def test_a_model_without_a_unet_is_told_where_it_was_looked_for(tmp_path):
+    model = shutil.copytree(small_model(), tmp_path / "model")
+    shutil.rmtree(model / "unet")
+    line = refusal(train.main, ["--model", str(model), "--out", str(tmp_path / "run")])
+    assert line.startswith(f"train.py: {model}/unet/config.json is not the config of a UNet")
+
+
 @pytest.mark.parametrize("make", [other_alpha, kohya])
 def test_other_loras_are_merged_by_the_snippet_of_the_page(make, tmp_path):
     """The snippet is run, and its model drawn from."""
