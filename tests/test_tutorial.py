@@ -187,6 +187,14 @@ def test_a_notebook_has_the_blocks_the_formulas_and_no_outputs():
     assert all(cell["outputs"] == [] for cell in book["cells"] if cell["cell_type"] == "code")
 
 
+def test_the_torch_that_texts_install_is_the_one_required():
+    """Another one would be fetched a second time, with CUDA."""
+    (pinned,) = re.findall("torch==.*", (ROOT / "requirements.txt").read_text(encoding="utf-8"))
+    lines = [line for path in TEXTS for line in path.read_text(encoding="utf-8").splitlines()]
+    installed = [line for line in lines if "download.pytorch.org" in line]
+    assert len(installed) >= 2 and all(f"install {pinned} " in line for line in installed)
+
+
 def test_the_reference_has_the_zoos_numbers():
     """Of epochs, pictures and rates: that of most runs first, and by name all that have another."""
     kinds = {reward: {"reward": reward} for reward in ("aesthetic", "incompressibility")}
