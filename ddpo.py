@@ -578,8 +578,7 @@ def accumulate(policy, algorithm, batch, micro_batch, scaler):
 def optimizer_step(policy, algorithm, optimizer, batch, micro_batch, max_grad_norm, scaler=None):
     """One update of the weights, the same in all processes -> metrics {name: tensor}.
 
-    scaler: a GradScaler, for fp16; an update whose gradients overflow is skipped, its norm is 0.
-    grad_norm is the norm before clipping.
+    scaler: a GradScaler, for fp16. grad_norm: before clipping; 0 where it overflows: no update.
     """
     scaler = scaler or torch.amp.GradScaler(enabled=False)
     parameters = optimizer.param_groups[0]["params"]

@@ -265,7 +265,8 @@ def fitted(fixed, room, unet_config):
         c = Config(**{**dict(zip(FITTED, (precision, saving, batch, batch))), **fixed})
         if set(FITTED) <= set(fixed) or memory_needed(c, unet_config) < 0.9 * room[0]:
             return c
-    less = "--vlm-url or --model zoo" if c.lora_rank else "--lora-rank 4"
+    lora = not c.lora_rank and fitted({**fixed, "lora_rank": 4}, room, unet_config)  # or raises
+    less = "--lora-rank 4" if lora else "--vlm-url or " * (c.reward == "alignment") + "--model zoo"
     raise UserError(f"the card's {room[0] / 1e9:.0f} GB are too few: try {less}")
 
 
@@ -381,7 +382,7 @@ def load_policy(folder, device, config):
     require(not os.path.isdir(start / "checkpoints"), f"--unet {start}: a run; give a checkpoint")
     lora = os.path.isfile(start / unet.LORA)
     part = (folder if lora else start) / "unet"
-    part = part if os.path.isdir(part) else start  # a checkpoint's folder, or the UNet's own
+    part = part if os.path.isdir(part) or not config.unet else start  # a checkpoint or a UNet's own
     net = unet.load(unet.UNet, part, dtype if rank else torch.float32)
     if rank:
         net = unet.add_lora(net, rank, config.seed)

@@ -191,6 +191,17 @@ def test_formulas_can_be_taken_out_of_the_docstrings(tmp_path):
     assert "x_t =" not in handout.ast.get_docstring(handout.functions(text)["add_noise"])
 
 
+def test_whoever_checks_the_whole_repository_is_told_to_make_a_hand_out(given_out):
+    command = "python tutorial/assignments/handout.py handout && cd handout"
+    with pytest.raises(SystemExit, match=f"make one: {command}$"):
+        check.main(["--parts", "1"])
+    name = Path("tutorial", "assignments", "README.md")
+    assert f"\n{command}\n" in (ROOT / name).read_text()
+    for text in ((given_out / name).read_text(), (given_out / "README.md").read_text()):
+        assert "handout.py" not in text
+        assert "runs on your code.\n\n```sh\npython tutorial/assignments/check.py " in text
+
+
 def test_what_chapters_quote_is_cut_as_well(given_out):
     for path in given_out.glob("tutorial/[0-9]*.md"):
         text, source = path.read_text(), (ROOT / "tutorial" / path.name).read_text()

@@ -180,6 +180,11 @@ def test_what_cannot_fit_is_refused_before_it_is_fetched(monkeypatch, tmp_path, 
     url = ["--vlm-url", "http://localhost/v1"]
     assert refusal(train.main, ["--reward", "alignment", "--lora-rank", "4", *url]) == fetching
     assert "try --lora-rank 4" in refusal(train.main, ["--model", "some/one"])
+    assert refusal(train.main, ["--reward", "alignment"]).endswith("try --vlm-url or --model zoo")
+    on_a_card(monkeypatch, 5)  # where no LoRA fits it is not advised, nor is what has no part in it
+    for lora in ([], ["--lora-rank", "4"]):
+        line = refusal(train.main, ["--reward", "aesthetic", *lora])
+        assert line.endswith("the card's 5 GB are too few: try --model zoo")
     on_a_card(monkeypatch, 24)
     assert refusal(train.main, ["--reward", "aesthetic"]) == fetching
 

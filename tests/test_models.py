@@ -166,6 +166,13 @@ def test_models_of_other_kinds_are_called_what_they_are(kind, tmp_path):
     assert f": this is {kind}, which cannot be converted" in line
 
 
+def test_a_model_without_a_unet_is_told_where_it_was_looked_for(tmp_path):
+    model = shutil.copytree(small_model(), tmp_path / "model")
+    shutil.rmtree(model / "unet")
+    line = refusal(train.main, ["--model", str(model), "--out", str(tmp_path / "run")])
+    assert line.startswith(f"train.py: {model}/unet/config.json is not the config of a UNet")
+
+
 # Schedules. SD v1.4's file names PNDM; the others are made of it as people do: in diffusers.
 
 CLASSES = """

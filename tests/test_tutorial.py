@@ -11,6 +11,7 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "tutorial"))
 import chapters
+import train
 
 ROOT = Path(__file__).parents[1]
 TUTORIAL = ROOT / "tutorial"
@@ -68,18 +69,6 @@ def test_the_map_covers_the_paper_and_leads_to_what_there_is():
     assert len(entries) > 20
     for module, name in entries:
         chapters.quotation(f"{module}.{name}")
-
-
-def test_the_reference_has_the_zoos_own_settings():
-    own = json.loads((TUTORIAL / "zoo" / "stable-diffusion" / "ddpo.json").read_text())
-    text = prose(TUTORIAL / "reference.md")
-    rows = dict(re.findall(r"^\| (`--.*?) \|.*\| (.*) \|$", text, re.MULTILINE))
-    kinds = ("aesthetic", "alignment", "incompressibility")
-    epochs = [f"{kind} {own[kind]['epochs']}" for kind in kinds]
-    assert rows["`--epochs`"].startswith("; ".join([str(own["all"]["epochs"]), *epochs]))
-    rates = [own[kind]["lr"] for kind in ("all", "aesthetic", "alignment")]
-    found = re.findall(r"\d+e-4", rows["`--lr`, `--warmup`, `--clip-range`"])
-    assert [float(rate) for rate in found] == rates
 
 
 def test_the_lab_is_small():
@@ -196,3 +185,33 @@ def test_a_notebook_has_the_blocks_the_formulas_and_no_outputs():
     assert "formula $x$" in sources[6] and "$$\nx = 3\n$$" in sources[6]
     assert f"]({chapters.REPOSITORY}/blob/main/ddpo.py)" in sources[6]
     assert all(cell["outputs"] == [] for cell in book["cells"] if cell["cell_type"] == "code")
+
+
+def test_the_torch_that_texts_install_is_the_one_required():
+    """Another one would be fetched a second time, with CUDA."""
+    (pinned,) = re.findall("torch==.*", (ROOT / "requirements.txt").read_text(encoding="utf-8"))
+    lines = [line for path in TEXTS for line in path.read_text(encoding="utf-8").splitlines()]
+    installed = [line for line in lines if "download.pytorch.org" in line]
+    assert len(installed) >= 2 and all(f"install {pinned} " in line for line in installed)
+
+
+def test_the_reference_has_the_zoos_numbers():
+    """Of epochs, pictures and rates: that of most runs first, and by name all that have another."""
+    kinds = {reward: {"reward": reward} for reward in ("aesthetic", "incompressibility")}
+    plain = {"reward": "compressibility"}
+    kinds |= {"alignment": {"reward": "alignment"}, "": plain}
+    kinds |= {"DDPO-SF": {**plain, "algorithm": "ddpo-sf"}, "RWR": {**plain, "algorithm": "rwr"}}
+    lines = (TUTORIAL / "reference.md").read_text(encoding="utf-8").splitlines()
+    for name in ("epochs", "samples_per_epoch", "lr"):
+        (row,) = [line for line in lines if line.startswith(f"| `{train.flag(name)}`")]
+        cell = row.split(" | ")[-1]
+        said = re.findall(f"({'|'.join(filter(None, kinds))}) ([0-9.e-]+)", cell)
+        said = {"": re.match("[0-9.e-]+", cell)[0], **dict(said)}
+        for kind, given in kinds.items():
+            runs = getattr(train.merge(given, train.ZOO), name)
+            assert runs == float(said.get(kind, said[""])), f"{name} {kind}"
+    (row,) = [line for line in lines if line.startswith("| `--algorithm`")]
+    for given in ("aesthetic", "compressibility", "incompressibility", "alignment", "mine.py:f"):
+        runs = train.merge({"reward": given}, train.ZOO).algorithm
+        own = given in ("alignment", "mine.py:f")
+        assert runs == re.findall("`([a-z-]+)`", row.split(" | ")[-1])[own]

@@ -439,6 +439,9 @@ def main(argv=None):
     # what a part calls is looked at as well; part 10 calls nothing, and takes long to import
     some = [part for part in PARTS if part.number in wanted or part.number < 10]
     some += [part for part in VARIANTS if part.number in wanted]
+    if not (HERE / "checks").is_dir():
+        made = "python tutorial/assignments/handout.py handout && cd handout"
+        sys.exit(f"check.py: it tries a hand-out, and this is none; make one: {made}")
     sheets = {p.number: stored(HERE / "checks" / f"part{p.number:02d}.safetensors") for p in some}
     answers = ask(sheets.values(), HERE.parents[1], seconds=SECONDS * len(some))
     wrong = set()

@@ -35,6 +35,7 @@ ABSENT = [
         "`chapters.py`, the notebooks, the tests, and what marks you.\n",
     ),
     (r", open its\nnotebook in \[.*?\n```\n", ".\n"),
+    (r"From the whole repository make.*?Then, in the hand-out:\n\n", ""),
 ]
 
 
