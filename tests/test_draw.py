@@ -26,6 +26,12 @@ def without_curves():
         yield
 
 
+def newest(run):
+    """The folder of a run's last checkpoint, in the zoo's own number of epochs for the reward."""
+    epochs = train.merge({"reward": "aesthetic"}, train.ZOO).epochs
+    return f"runs/{run}/checkpoints/{epochs:06d}"
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """Where the page's commands would have left a tuned UNet and a LoRA of the zoo -> folder."""
@@ -33,8 +39,8 @@ def home(tmp_path_factory):
     (folder / "tutorial").symlink_to(ROOT / "tutorial")
     net = unet.load(unet.UNet, train.ZOO / "unet")
     net.conv_in.bias.data += 0.3 * normal(*net.conv_in.bias.shape)
-    unet.save(net, folder / "runs" / "aesthetic" / "checkpoints" / "000016" / "unet")
-    lora = folder / "runs" / "lora" / "checkpoints" / "000016"
+    unet.save(net, folder / newest("aesthetic") / "unet")
+    lora = folder / newest("lora")
     lora.mkdir(parents=True)
     unet.save_tensors(unet.lora_weights(awaken(unet.add_lora(net, 4), 0.05)), lora / unet.LORA)
     return folder
@@ -64,7 +70,7 @@ def test_a_lora_has_kohyas_names_after_the_pages_second_snippet(home, monkeypatc
     exec(snippets()[1], {})
     theirs, ours = (
         load_file("lora.safetensors"),
-        load_file(f"runs/lora/checkpoints/000016/{unet.LORA}"),
+        load_file(f"{newest('lora')}/{unet.LORA}"),
     )
     expected = {}
     for key in UNet2DConditionModel.from_pretrained(train.ZOO / "unet").state_dict():

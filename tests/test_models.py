@@ -140,6 +140,7 @@ def test_a_single_file_is_named_with_the_command_that_rewrites_it(name, tmp_path
 
 
 SD2 = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20]}
+SD2 |= {"upcast_attention": True}  # SD 2.1's
 SDXL = {
     "cross_attention_dim": 2048,
     "addition_embed_type": "text_time",
