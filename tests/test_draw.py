@@ -191,6 +191,8 @@ REFUSED = [
     ("RUN fox --model RUN/none", "--model RUN/none: neither a folder"),
     ("MODEL fox --checkpoint 1", "MODEL is no run"),
     ("MODEL fox --gif", "MODEL is no run"),
+    ("RUN/checkpoints/000001 fox", "is a checkpoint: give its run, RUN, and --checkpoint 1"),
+    ("RUN/checkpoints/000001/unet fox", "is a checkpoint: give its run, RUN, and --checkpoint 1"),
     ("NEW fox", "NEW has no checkpoint yet"),
     ("NEW --gif", "NEW holds no samples"),
     ("none fox", "--model none: neither a folder"),
