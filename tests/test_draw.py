@@ -128,7 +128,7 @@ def test_base_and_tuned_are_drawn_from_the_noises_of_the_runs_own_pictures(
     asked, before = fixed(folder, 0)
     after = fixed(folder, epoch)[1]
     prompts = sorted(set(asked))
-    status, said = start("tutorial/draw.py", folder, *prompts, *checkpoint)
+    status, said = start("tutorial/draw.py", folder, *checkpoint, *prompts)
     assert (status, said) == (0, f"{folder / 'drawn.png'}\n")
     base, tuned = drawn(folder / "drawn.png", 2, len(prompts))
     for i, prompt in enumerate(asked):

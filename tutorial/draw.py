@@ -44,7 +44,7 @@ def parse():
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="[in the run's folder; of a model: here]"
     )
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # options may stand before the prompts
 
 
 def load(given, is_run):
