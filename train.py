@@ -379,13 +379,13 @@ def load_policy(folder, device, config):
     torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     start = Path(config.unet or folder)
-    require(not os.path.isdir(start / "checkpoints"), f"--unet {start}: a run; give a checkpoint")
+    odd = os.path.isdir(start / "checkpoints") or os.path.isfile(start)
+    require(not odd, f"--unet {start}: a run, or a file; give a checkpoint, or the file's folder")
     lora = os.path.isfile(start / unet.LORA)
     part = (folder if lora else start) / "unet"
     part = part if os.path.isdir(part) or not config.unet else start  # a checkpoint or a UNet's own
     net = unet.load(unet.UNet, part, dtype if rank else torch.float32)
-    if rank:
-        net = unet.add_lora(net, rank, config.seed)
+    net = unet.add_lora(net, rank, config.seed) if rank else net
     if lora:
         unet.load_lora(net, start)
     net.gradient_checkpointing = config.grad_checkpointing

@@ -50,7 +50,7 @@ RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out
 # What a config may ask for though its weights don't show it: 0, false, null or absent in SD v1.x,
 UNUSED_FIELDS = """addition_embed_type center_input_sample dropout freq_shift latents_mean
 latents_std num_attention_heads shift_factor resnet_skip_time_act time_embedding_act_fn
-timestep_post_act upcast_attention use_linear_projection""".split()
+timestep_post_act use_linear_projection upcast_attention""".split()
 KNOWN_FIELDS = dict.fromkeys(UNUSED_FIELDS)
 # or absent or of this value.
 KNOWN_FIELDS |= {"act_fn": "silu", "flip_sin_to_cos": True, "downsample_padding": 1}

@@ -26,16 +26,21 @@ def without_curves():
         yield
 
 
+def newest(run):
+    """The folder of a run's last checkpoint, in the zoo's own number of epochs for the reward."""
+    epochs = train.merge({"reward": "aesthetic"}, train.ZOO).epochs
+    return f"runs/{run}/checkpoints/{epochs:06d}"
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """Where the page's commands would have left a tuned UNet and a LoRA of the zoo -> folder."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "tutorial").symlink_to(ROOT / "tutorial")
-    last = f"{json.loads((train.ZOO / 'ddpo.json').read_text())['aesthetic']['epochs']:06d}"
     net = unet.load(unet.UNet, train.ZOO / "unet")
     net.conv_in.bias.data += 0.3 * normal(*net.conv_in.bias.shape)
-    unet.save(net, folder / "runs" / "aesthetic" / "checkpoints" / last / "unet")
-    lora = folder / "runs" / "lora" / "checkpoints" / last
+    unet.save(net, folder / newest("aesthetic") / "unet")
+    lora = folder / newest("lora")
     lora.mkdir(parents=True)
     unet.save_tensors(unet.lora_weights(awaken(unet.add_lora(net, 4), 0.05)), lora / unet.LORA)
     return folder
@@ -63,8 +68,7 @@ def test_a_lora_has_kohyas_names_after_the_pages_second_snippet(home, monkeypatc
     """lora_unet_<diffusers' name, with underscores>, and an alpha that makes its scale 1."""
     monkeypatch.chdir(home)
     exec(snippets()[1], {})
-    (written,) = home.glob(f"runs/lora/checkpoints/*/{unet.LORA}")
-    theirs, ours = load_file("lora.safetensors"), load_file(written)
+    theirs, ours = load_file("lora.safetensors"), load_file(f"{newest('lora')}/{unet.LORA}")
     expected = {}
     for key in UNet2DConditionModel.from_pretrained(train.ZOO / "unet").state_dict():
         if re.search(r"attn[12]\.to_(q|k|v|out\.0)\.weight", key):
@@ -121,7 +125,7 @@ def test_base_and_tuned_are_drawn_from_the_noises_of_the_runs_own_pictures(
     asked, before = fixed(folder, 0)
     after = fixed(folder, epoch)[1]
     prompts = sorted(set(asked))
-    status, said = start("tutorial/draw.py", folder, *prompts, *checkpoint)
+    status, said = start("tutorial/draw.py", folder, *checkpoint, *prompts)
     assert (status, said) == (0, f"{folder / 'drawn.png'}\n")
     base, tuned = drawn(folder / "drawn.png", 2, len(prompts))
     for i, prompt in enumerate(asked):
@@ -184,6 +188,8 @@ REFUSED = [
     ("RUN fox --model RUN/none", "--model RUN/none: neither a folder"),
     ("MODEL fox --checkpoint 1", "MODEL is no run"),
     ("MODEL fox --gif", "MODEL is no run"),
+    ("RUN/checkpoints/000001 fox", "is a checkpoint: give its run, RUN, and --checkpoint 1"),
+    ("RUN/checkpoints/000001/unet fox", "is a checkpoint: give its run, RUN, and --checkpoint 1"),
     ("NEW fox", "NEW has no checkpoint yet"),
     ("NEW --gif", "NEW holds no samples"),
     ("none fox", "--model none: neither a folder"),

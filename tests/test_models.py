@@ -113,18 +113,20 @@ def command(line):
     return re.search(r'`python -c "(.*?)"`, then --model FOLDER', line)[1]
 
 
-def test_bin_files_are_named_with_the_command_that_rewrites_them(tmp_path):
-    """The command does."""
+@pytest.mark.parametrize("variant", ["", ".fp16"], ids=["bin", "fp16.bin"])
+def test_bin_files_are_named_with_the_command_that_rewrites_them(variant, tmp_path):
+    """The command does; of .fp16.bin alone with the variant, as the page says."""
     model = shutil.copytree(small_model(), tmp_path / "model")
     shutil.copy(train.ZOO / "model_index.json", model)
     for part in PARTS:
         [old] = (model / part).glob("*.safetensors")
-        name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
-        torch.save(load_file(old), old.with_name(name))
+        name = "pytorch_model" if part == "text_encoder" else "diffusion_pytorch_model"
+        torch.save(load_file(old), old.with_name(f"{name}{variant}.bin"))
         old.unlink()
     line = refusal(run, tmp_path / "run", "--model", str(model))
     assert f"{model / 'unet'} holds no {unet.WEIGHTS}; of .bin files diffusers makes it" in line
-    code = command(line).replace("'MODEL'", repr(str(model)))
+    given = repr(str(model)) + (", variant='fp16'" if variant else "")
+    code = command(line).replace("'MODEL'", given)
     exec(code.replace("'FOLDER'", repr(str(tmp_path / "new"))), {})
     whole, read = networks(policy_of(small_model())), networks(policy_of(tmp_path / "new"))
     assert all(equal(whole[part], read[part]) for part in PARTS)
@@ -140,6 +142,7 @@ def test_a_single_file_is_named_with_the_command_that_rewrites_it(name, tmp_path
 
 
 SD2 = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20]}
+SD2 |= {"upcast_attention": True}  # SD 2.1's
 SDXL = {
     "cross_attention_dim": 2048,
     "addition_embed_type": "text_time",
@@ -389,7 +392,7 @@ def nothing(folder):
 def a_run(folder):
     (folder / "checkpoints").mkdir()
     (folder / "config.json").write_text('{"epochs": 30}')
-    return [], f"--unet {folder}: a run; give a checkpoint"
+    return [], f"--unet {folder}: a run, or a file; give a checkpoint"
 
 
 def another_models(folder):
@@ -415,6 +418,14 @@ def test_what_no_run_can_start_from_is_refused_in_one_line(make, tmp_path):
 def test_a_start_that_is_no_folder_is_refused(start, tmp_path):
     line = refusal(run, tmp_path / "run", "--unet", start)
     assert f"{start}/config.json is not the config of a UNet" in line
+
+
+def test_a_file_is_no_folder_to_start_from(tmp_path):
+    """A LoRA or a UNet's weights: the file's folder is asked for."""
+    save_adapter(peft_unet(), tmp_path)
+    for file in (tmp_path / unet.LORA, small_model() / "unet" / unet.WEIGHTS):
+        line = refusal(run, tmp_path / "run", "--unet", str(file), "--lora-rank", "3")
+        assert f"--unet {file}: a run, or a file; give a checkpoint, or the file's folder" in line
 
 
 @pytest.mark.parametrize("make", [other_alpha, kohya])

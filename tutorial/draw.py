@@ -1,13 +1,14 @@
 """Look at what was trained: any prompts before and after, from the same noises.
 
     python tutorial/draw.py runs/x "a fox" "a fox on a blue background"
-    python tutorial/draw.py runs/x "a fox" --checkpoint 10      # not the newest
+    python tutorial/draw.py runs/x "a fox" --checkpoint 5       # not the newest
     python tutorial/draw.py zoo "a fox"                         # a model alone: a folder, a hub id
     python tutorial/draw.py runs/x --gif                        # the fixed pictures, by epochs
     python tutorial/draw.py runs/x "a fox" --gif                # any prompts, by checkpoints
 
 With the settings of the run, or the model's own; picture i of every prompt has the noises of the
-run's fixed picture i. The gifs are the paper's Fig. 1 in motion.
+run's fixed picture i. The gifs are the paper's Fig. 1 in motion. A run keeps its last two
+checkpoints, or all, with train.py's --keep-checkpoints 0.
 """
 
 import argparse
@@ -40,8 +41,10 @@ def parse():
     parser.add_argument("--pictures", type=int, default=4, metavar="N", help="of each prompt [4]")
     parser.add_argument("--model", help="where the run's model lies now, if it was moved")
     parser.add_argument("--device", default="auto", help="[auto]")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="[drawn.png in the run's folder]")
-    return parser.parse_args()
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="[in the run's folder; of a model: here]"
+    )
+    return parser.parse_intermixed_args()  # options may stand before the prompts
 
 
 def load(given, is_run):
@@ -124,6 +127,9 @@ def write(path, frames):
 def main(given):
     """Draw what is asked for, and print where it lies."""
     source, prompts, is_run = given.source, given.prompts, (given.source / "config.json").is_file()
+    for folder in (source, source.parent):  # a checkpoint is no model of its own
+        of = f"give its run, {folder.parent.parent}, and --checkpoint {folder.name.lstrip('0')}"
+        require(folder.parent.name != "checkpoints", f"{source} is a checkpoint: {of}")
     require(prompts or given.gif, f'which prompts? For example: draw.py {source} "a fox"')
     require(given.pictures > 0, f"--pictures {given.pictures}: at least 1")
     require(is_run or not given.checkpoint and not given.gif, f"{source} is no run, but a model")
