@@ -639,10 +639,9 @@ def alarms(lines, updates):
             found["clipping"] = what + "it moves too far. Try a smaller --lr or wider --clip-range"
     seen = [line for line in lines if line.get("eval_diversity")]
     if seen:
-        first, last = seen[0], seen[-1]
-        risen = last["eval_reward_mean"] - first["eval_reward_mean"]
-        left = last["eval_diversity"] / first["eval_diversity"]
-        if risen > 0.5 * first["eval_reward_std"] and left < 0.5:
+        risen = seen[-1]["eval_reward_mean"] - seen[0]["eval_reward_mean"]
+        left = seen[-1]["eval_diversity"] / seen[0]["eval_diversity"]
+        if risen > 0.5 * seen[0]["eval_reward_std"] and left < 0.5:
             what = f"the reward rises while diversity falls, to {left:.0%} of the base model's"
             found["diversity"] = f"{what}. Look at samples/; stop here, or try a smaller --lr"
     return found

@@ -5,10 +5,9 @@ them, weigh them prompt by prompt, take some optimizer steps. `one_epoch` is tha
 evaluation and checkpoints follow. The mathematics is in ddpo.py. Behind `torchrun` this program
 runs once a GPU: each process has its share of the samples, the first one writes.
 
-Settings: the command line, else the `ddpo.json` in the model's folder, else the paper's App. D.5,
-in brackets in --help; algorithms bring others. Not the paper's, and off by default:
---samples-per-prompt, for statistics by prompt from the first epoch on; --warmup, for Adam's first
-steps move every weight by all of lr.
+Settings: the command line, else the model's `ddpo.json`, else the paper's App. D.5, in brackets in
+--help; algorithms bring others. Not the paper's, off by default: --samples-per-prompt, statistics
+by prompt from the first epoch on; --warmup, for Adam's first steps move every weight by all of lr.
 """
 
 import argparse
@@ -74,13 +73,16 @@ def one_epoch(run, epoch):
 
 def roll_out(run, prompts, epoch, record):
     """Sample this process's share of the pictures -> their records, images uint8 (n, H, W, 3)."""
-    c, records, images = run.config, [], []
+    c, records, images, begin = run.config, [], [], time.time()
     names = [(c.seed, epoch, i) for i in share(range(len(prompts)))]
     batches = run.policy.sample(share(prompts), names, c.sample_batch)
-    total = math.ceil(len(names) / c.sample_batch)
-    for trajectories, drawn in progress(batches, f"sampling{run.left}", total):
+    count = math.ceil(len(names) / c.sample_batch)
+    for trajectories, drawn in progress(batches, f"sampling{run.left}", count):
         records.append(record(trajectories))
         images.append(drawn)
+        if epoch == 0 and len(images) == 1:
+            all_of_it = tqdm.format_interval(c.epochs * count * (time.time() - begin))
+            print(f"the run samples for about {all_of_it}, and DDPO trains for three times that")
     return records, np.concatenate(images)
 
 

@@ -52,8 +52,7 @@ UNUSED_FIELDS = """addition_embed_type center_input_sample dropout freq_shift la
 latents_std num_attention_heads shift_factor resnet_skip_time_act time_embedding_act_fn
 timestep_post_act use_linear_projection upcast_attention""".split()
 KNOWN_FIELDS = dict.fromkeys(UNUSED_FIELDS)
-# or absent or of this value.
-KNOWN_FIELDS |= {"act_fn": "silu", "flip_sin_to_cos": True, "downsample_padding": 1}
+KNOWN_FIELDS |= {"act_fn": "silu", "flip_sin_to_cos": True, "downsample_padding": 1}  # or this
 KNOWN_FIELDS |= {"mid_block_scale_factor": 1, "resnet_out_scale_factor": 1}
 
 MOST = 2**14  # of channels, heads or groups: more are a mistake

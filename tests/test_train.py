@@ -5,6 +5,7 @@ is of the zoo.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import tempfile
 import traceback
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -339,6 +341,16 @@ def test_lines_and_bars_say_how_long_the_run_will_take(tmp_path, monkeypatch, ca
     for left in known:
         expected += [f"sampling{left}", f"training{left}"]
     assert texts == [*expected, f"sampling{known[1]}"]  # the last evaluation
+
+
+def test_after_the_first_batch_it_says_how_long_the_run_will_sample(tmp_path, monkeypatch, capsys):
+    """Ten seconds between any two looks at the clock; two batches an epoch, three epochs."""
+    clock = SimpleNamespace(time=itertools.count(0, 10).__next__)
+    monkeypatch.setattr(train, "time", clock)
+    run(tmp_path / "run", "--epochs", "3", "--sample-batch", "2")
+    out = capsys.readouterr().out
+    assert out.count("the run samples for about 01:00, and DDPO trains for three times that\n") == 1
+    assert out.count("the run samples") == 1
 
 
 def test_a_run_is_named_by_reward_and_algorithm_where_no_folder_is_given(tmp_path, monkeypatch):
@@ -1306,6 +1318,7 @@ def test_of_a_text_file_a_third_parameter_gets_the_prompts(tmp_path):
 
 ALGORITHM = """
 import dataclasses
+import itertools
 import torch
 from ddpo import DDPO
 
