@@ -1,6 +1,6 @@
 """The paper's experiments on the zoo: each is a list of train.py command lines, a table, a picture.
 
-    python tutorial/experiments.py            # all of them: an hour and a quarter on two CPU cores
+    python tutorial/experiments.py            # all of them: a day on two CPU cores
     python tutorial/experiments.py fig4       # one of them, and the search it has its settings from
     python tutorial/experiments.py --quick    # does everything still run? Shows nothing else
 
