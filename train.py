@@ -73,8 +73,8 @@ def one_epoch(run, epoch):
 
 def roll_out(run, prompts, epoch, record):
     """Sample this process's share of the pictures -> their records, images uint8 (n, H, W, 3)."""
-    c, records, images, begin = run.config, [], [], time.time()
-    names = [(c.seed, epoch, i) for i in share(range(len(prompts)))]
+    c, records, images = run.config, [], []
+    names, begin = [(c.seed, epoch, i) for i in share(range(len(prompts)))], time.time()
     batches = run.policy.sample(share(prompts), names, c.sample_batch)
     count = math.ceil(len(names) / c.sample_batch)
     for trajectories, drawn in progress(batches, f"sampling{run.left}", count):

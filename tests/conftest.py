@@ -28,7 +28,7 @@ import train
 from helpers import HEARD, write_art
 
 # --hypothesis-profile=long: thousands of cases by hand (test_fuzz.py)
-settings.register_profile("quick", max_examples=30, deadline=None, derandomize=True)
+settings.register_profile("quick", max_examples=20, deadline=None, derandomize=True)
 settings.register_profile("long", max_examples=1000, deadline=None)
 settings.load_profile("quick")
 

@@ -1403,6 +1403,7 @@ def started(monkeypatch, device, **environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(ddpo.dist, "init_process_group", init_process_group)
+    monkeypatch.setattr(ddpo.dist, "barrier", lambda: asked.append("until all are there"))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(str(device)))
     ddpo.join(torch.device(device))
     return asked
@@ -1415,9 +1416,9 @@ def test_processes_meet_where_they_were_told_to(monkeypatch):
     assert started(monkeypatch, "cpu") == []
     assert started(monkeypatch, "cpu", WORLD_SIZE="1") == []
     two = {"WORLD_SIZE": "2", **MEETING}
-    assert started(monkeypatch, "cpu", **two) == ["2:00:00"]
-    expected = ["cuda:1", "2:00:00"]
-    assert started(monkeypatch, "cuda:1", **two) == expected
+    expected = ["2:00:00", "until all are there"]
+    assert started(monkeypatch, "cpu", **two) == expected
+    assert started(monkeypatch, "cuda:1", **two) == ["cuda:1", *expected]
     monkeypatch.setattr(ddpo.dist, "is_initialized", lambda: True)
     assert started(monkeypatch, "cpu", **two) == []
 
