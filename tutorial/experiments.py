@@ -463,7 +463,7 @@ def compare(out, quick, variants, seeds):
 
 
 def faster(out, quick):
-    """With the warm-up of the zoo's defaults until then, 20 updates; three seeds."""
+    """With the warm-up of the zoo's defaults, 20 updates; three seeds."""
     return compare(out / "faster", quick, FASTER, FASTER_SEEDS)
 
 
