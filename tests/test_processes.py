@@ -507,16 +507,21 @@ def fatal(images, prompts):
 """
 
 
+def fatal(path):
+    """-> a run's folder, a file that is there when its second process has died, its options."""
+    folder, died = path / "run", path / "died"
+    code = FATAL.format(checkpoint=str(folder / "checkpoints" / "000002"), died=str(died))
+    (path / "mine.py").write_text(code)
+    reward = ["--reward", f"{path}/mine.py:fatal"]
+    return folder, died, tiny(*reward, "--epochs", "4", "--eval-every", "4")
+
+
 def test_a_process_that_is_killed_ends_them_all_and_the_checkpoint_before_goes_on(pool, tmp_path):
     """The fourth call of the reward is the third epoch's: the fixed pictures', then two epochs'.
 
     The first process may still write then.
     """
-    folder, died = tmp_path / "run", tmp_path / "died"
-    code = FATAL.format(checkpoint=str(folder / "checkpoints" / "000002"), died=str(died))
-    (tmp_path / "mine.py").write_text(code)
-    reward = ["--reward", f"{tmp_path}/mine.py:fatal"]
-    arguments = tiny(*reward, "--epochs", "4", "--eval-every", "4")
+    folder, died, arguments = fatal(tmp_path)
     job = torchrun(*arguments, "--out", folder)
     out, errors = job.communicate(timeout=200)
     assert job.returncode != 0 and time.time() - died.stat().st_mtime < 60
@@ -534,10 +539,7 @@ def test_a_process_that_is_killed_ends_them_all_and_the_checkpoint_before_goes_o
 
 def test_the_other_process_says_that_one_was_killed(pool, tmp_path):
     """Where nobody ends it before it can."""
-    folder, died = tmp_path / "run", tmp_path / "died"
-    code = FATAL.format(checkpoint=str(folder / "checkpoints" / "000002"), died=str(died))
-    (tmp_path / "mine.py").write_text(code)
-    arguments = tiny("--reward", f"{tmp_path}/mine.py:fatal", "--epochs", "4", "--eval-every", "4")
+    folder, _, arguments = fatal(tmp_path)
     [(codes, logs)] = pool(pair, [(arguments, str(folder))])
     assert codes == [1, -signal.SIGKILL]
     [said] = [line for line in logs[0].splitlines() if line.startswith("train.py: ")]
