@@ -577,7 +577,7 @@ def check(pool, uninterrupted, kind, lives, tmp_path):
     for n, (hit, code, log) in enumerate(pool(live, jobs)):
         checkpoints = hit[-1][1]
         finished = checkpoints[-1:] == [4]  # so late a kill may leave an old checkpoint
-        over = "--epochs 4: the run in " in log
+        over = "has 4 behind it; give more epochs" in log
         assert (code, over) == ((1, True) if finished else (0, False)), (lives[n], hit, log)
         old = [f"checkpoints/{epoch:06d}" for epoch in checkpoints[:-2]] if finished else ()
         found = left(tmp_path / str(n), old)
