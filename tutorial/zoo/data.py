@@ -296,15 +296,21 @@ def on_ground(name, colour):
     return f"{article(name)} on {article(colour)} background"
 
 
-def policy_example(rng, art):
-    """A composite and its caption as the policy's pretraining sees them -> Composite, caption.
-
-    Captions name the ground's colour half of the time, and are then right 51 % of the time: the
-    base follows colours now and then.
-    """
+def policy_word(rng):
+    """What a picture of the policy's pretraining shows: hard things more often than others."""
     name = random_name(rng)
     if name not in HARD and rng.random() < HARD_SHARE:
         name = str(rng.choice(HARD))
+    return name
+
+
+def policy_example(rng, art, name=None, vendor=None):
+    """A composite and its caption as the policy's pretraining sees them -> Composite, caption.
+
+    Captions name the ground's colour half of the time, and are then right 51 % of the time: the
+    base follows colours now and then. `name`, `vendor`: of what, where it isn't left to chance.
+    """
+    name = name or policy_word(rng)
     colours = [c for c in COLOURS if not held_out(name, c)]
     colour = str(rng.choice(colours))
     kind = rng.choice(3, p=[0.5, 0.25, 0.25])
@@ -312,7 +318,7 @@ def policy_example(rng, art):
     other, right = str(rng.choice(colours)), rng.random() < COLOUR_TOLD_RIGHT
     told = colour if right else other
     caption = [on_ground(name, told), name, article(name)][kind]
-    return compose(rng, art, name, colour, varied=False), caption
+    return compose(rng, art, name, colour, vendor, varied=False), caption
 
 
 def clip_example(rng, art):

@@ -94,7 +94,9 @@ def make_optimizers(net, lr, adam_lr):
         if p.requires_grad:
             inside = p.ndim >= 2 and not any(part in key for part in outer)
             (hidden if inside else rest).append(p)
-    optimizers = [torch.optim.Adam(rest, lr=adam_lr, betas=(0.9, 0.95)), Muon(hidden, lr=lr)]
+    optimizers = [torch.optim.Adam(rest, lr=adam_lr, betas=(0.9, 0.95))]
+    if hidden:
+        optimizers.append(Muon(hidden, lr=lr))
     for optimizer, peak in zip(optimizers, (adam_lr, lr)):
         optimizer.param_groups[0]["peak"] = peak
     return optimizers

@@ -123,24 +123,32 @@ def load_policy(folder, vae, device):
     )
 
 
+def denoising_loss(net, alphas_bar, x_0, t, embeds):
+    """Eq. 1 with min-SNR weights min(SNR, 5) / SNR, SNR_t = alphas_bar_t / (1 - alphas_bar_t).
+
+    (B, 4, h, w), (B,), (B, m, d) -> scalar. The noise is torch's own.
+    """
+    noise = torch.randn(x_0.shape).to(x_0.device)
+    eps = net(add_noise(x_0, noise, alphas_bar[t]), t, embeds)
+    snr = alphas_bar / (1 - alphas_bar)
+    weights = snr.clamp(max=5) / snr
+    return (expand(weights[t], eps) * (eps - noise) ** 2).mean()
+
+
 def make_loss(policy, latents, captions, size):
-    """The denoising loss of `size` pictures with min-SNR weights: loss(net, rng) -> scalar."""
+    """The denoising loss of `size` pictures at random times: loss(net, rng) -> scalar."""
     device = policy.device
     distinct = sorted({"", *captions})
     place = {caption: i for i, caption in enumerate(distinct)}
     index, embeds = torch.tensor([place[c] for c in captions]), policy.embed(distinct)
     alphas_bar = policy.sampler.schedule.alphas_bar
-    snr = alphas_bar / (1 - alphas_bar)
-    weights = snr.clamp(max=5) / snr
 
     def loss(net, rng):
         i = torch.as_tensor(rng.integers(len(latents), size=size))
         t = torch.as_tensor(rng.integers(1000, size=size)).to(device)
-        x_0, noise = latents[i].to(device), torch.randn(size, 4, 8, 8).to(device)
         dropped = torch.as_tensor(rng.random(size) < DROP)
         caption = torch.where(dropped, place[""], index[i]).to(device)
-        eps = net(add_noise(x_0, noise, alphas_bar[t]), t, embeds[caption])
-        return (expand(weights[t], eps) * (eps - noise) ** 2).mean()
+        return denoising_loss(net, alphas_bar, latents[i].to(device), t, embeds[caption])
 
     return loss
 
