@@ -17,7 +17,7 @@ from conftest import ROOT
 from helpers import write_art
 
 ZOO = ROOT / "tutorial" / "zoo"
-RECIPE = ["clip", "vae", "unet", "judge", "aesthetic", "bert", "llava"]
+RECIPE = ["clip", "vae", "unet", "word", "judge", "aesthetic", "bert", "llava"]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,7 @@ def test_the_recipe_makes_a_whole_zoo_from_nothing(start, art, tmp_path):
         "vae": r"L1 0\.\d+, latents of std",
         "judge": r"drawn by networks: right on [\d.]+% of things, [\d.]+% of nothings",
         "unet": r"unet step 2: loss",
+        "word": r"word step 2: loss",
         "aesthetic": r"rank correlation .* -?[\d.]+",
         "bert": r"layer 3: right first [\d.]+%",
         "llava": r"right on [\d.]+% of held-out composites",

@@ -147,6 +147,13 @@ def test_the_policys_pictures_come_in_one_pose_one_size_unmirrored(monkeypatch):
     assert poses(varied=True) == {"body", (48, False), (48, True), (56, False), (56, True)}
     monkeypatch.setattr(data, "compose", lambda *arguments, **options: options)
     assert data.policy_example(np.random.default_rng(0), {})[0] == {"varied": False}
+    monkeypatch.setattr(data, "compose", lambda *arguments, **options: arguments)
+    for name, vendor in (("snake", "twitter"), ("fox", "google")):
+        (*_, said, colour, vendor_), caption = data.policy_example(
+            np.random.default_rng(0), {}, name, vendor
+        )
+        assert (said, vendor_) == (name, vendor) and name in caption
+        assert not data.held_out(name, colour)
 
 
 def test_weak_animals_are_shown_more_often(art):

@@ -4,18 +4,22 @@ the eye's verdict on the judge.
 
 import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 import blind
 import data
+import ddpo
 import judge as judge_module
 import train_judge
 import train_vae
+import train_word
 from scheduler import add_noise
 
 
@@ -68,6 +72,21 @@ def test_what_the_policy_sees_in_noise_is_its_own_prediction(policy):
     assert not torch.allclose(true["x_t"], add_noise(z, noise, torch.full((3,), 0.5)))
 
 
+def test_a_whole_thing_may_be_the_policys_own_sample(policy, monkeypatch):
+    """As Policy.sample draws it from the same noise; a mixture is asked for both."""
+    animals, T = ["cat", "fox"], policy.sampler.T
+    names = [(0, i) for i in range(2)]
+    noise = torch.stack([ddpo.named_noise((4, 8, 8), T + 1, *name) for name in names])
+    [(_, expected)] = policy.sample(animals, names, 2)
+    monkeypatch.setattr(torch, "randn", lambda *_: noise)
+    chosen = SimpleNamespace(integers=lambda n: n - 1)  # the last kind
+    z = train_judge.whole_latents(chosen, policy, torch.zeros(2, 4, 8, 8), animals)
+    assert np.array_equal(policy.decode(z), expected)
+    latents, others = torch.zeros(2, 2, 4, 8, 8), [animals, ["ant", "fox"]]
+    mixed = train_judge.half_formed_latents(chosen, policy, latents, others)
+    assert torch.equal(mixed[1], z[1]) and not torch.allclose(mixed[0], z[0], atol=0.1)
+
+
 def test_half_formed_things_are_nothing_and_whole_ones_keep_their_names(
     policy, art, tmp_path, monkeypatch
 ):
@@ -91,6 +110,43 @@ def test_half_formed_things_are_nothing_and_whole_ones_keep_their_names(
     assert [data.NAMES[i] for i in labels[:4]] == kinds[0][1]
     again, _ = train_judge.drawn_by_networks(tmp_path, None, torch.device("cpu"), 16)
     assert np.array_equal(again, pixels)  # from the file
+
+
+def test_a_word_taught_anew_moves_its_own_row_alone(zoo):
+    """The shipped text encoder is CLIP's, but for what the word snake means."""
+    ours = load_file(zoo / "text_encoder" / "model.safetensors")
+    clips = load_file(zoo.parent / "clip" / "model.safetensors")
+    moved = {key for key, tensor in ours.items() if not torch.equal(tensor, clips[key])}
+    assert moved == {train_word.TABLE}
+    rows = (ours[train_word.TABLE] != clips[train_word.TABLE]).any(1).nonzero().flatten()
+    vocabulary = json.loads((zoo / "tokenizer" / "vocab.json").read_text())
+    assert rows.tolist() == [vocabulary["snake</w>"]]
+
+
+def test_a_words_gradient_is_that_of_its_row(policy):
+    """Against finite differences of the encoder with the row written into its table."""
+    torch.manual_seed(0)
+    learner, captions = copy.copy(policy), ["a snake", "a fox", "a snake on a red background"]
+    learner.text_encoder = copy.deepcopy(policy.text_encoder).requires_grad_(False)
+    word, push = train_word.Word(learner, "snake"), torch.randn(3, 16, 128)
+
+    def value(row):
+        changed = copy.copy(learner)
+        changed.text_encoder = copy.deepcopy(learner.text_encoder)
+        changed.text_encoder.get_input_embeddings().weight[word.token] = row
+        changed.__post_init__()  # it remembers no prompts
+        return (changed.embed(captions) * push).double().sum().item()
+
+    assert torch.equal(word.encode(learner, captions), policy.embed(captions))  # as it begins
+    word.embed.data += 0.1 * torch.randn(128)
+    encoded, row = word.encode(learner, captions), word.embed.detach()
+    assert (encoded * push).double().sum().item() == pytest.approx(value(row), abs=1e-3)
+    (gradient,) = torch.autograd.grad((encoded * push).sum(), word.embed)
+    for _ in range(3):
+        direction = torch.randn(128)
+        slope = (value(row + 1e-3 * direction) - value(row - 1e-3 * direction)) / 2e-3
+        assert slope == pytest.approx((gradient @ direction).item(), rel=1e-2, abs=0.1)
+    assert torch.equal(encoded[1], policy.embed(["a fox"])[0])  # no other prompt moves
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,8 @@ def majority(readers, number):
 
 def fingerprint(zoo=data.HERE):
     """Of the weights that draw and judge: figures are theirs, and of no others."""
-    folders = [zoo / "stable-diffusion" / "unet", zoo / "stable-diffusion" / "vae", zoo / "judge"]
+    folders = [zoo / "stable-diffusion" / part for part in ("text_encoder", "unet", "vae")]
+    folders.append(zoo / "judge")
     files = [path for folder in folders for path in sorted(folder.glob("*.safetensors"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 

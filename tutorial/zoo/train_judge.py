@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
@@ -29,7 +29,7 @@ from unet import VAE, UNet, load, save_tensors
 
 BATCH = 64
 ANEW = {"steps": 1800}
-ONWARDS = {"steps": 1000, "lr": 0.01, "adam_lr": 1e-3}
+ONWARDS = {"steps": 2000, "lr": 0.01, "adam_lr": 1e-3}
 DRAWN = 6400  # pictures by the zoo's networks, cached
 NOTHING = len(data.NAMES)  # its label
 
@@ -86,10 +86,16 @@ def two_each(rng, art, n, device, words=tuple(data.NAMES)):
 
 
 def whole_latents(rng, policy, z, names):
-    """Latents of whole things, some with the policy's eyes: x_0 as it sees it in a little noise."""
-    if rng.random() < 0.4:
+    """Latents of whole things: the VAE's, what the policy sees in a little noise, or its samples.
+
+    z: of pictures of the names, n each -> (n, 4, 8, 8).
+    """
+    kind = rng.integers(3)
+    if kind == 0:
         return z + 0.1 * torch.randn(z.shape).to(z.device)
-    return seen_in_noise(policy, z, names, rng.integers(50, 400, len(z)))
+    if kind == 1:
+        return seen_in_noise(policy, z, names, rng.integers(50, 400, len(z)))
+    return sampled(policy, policy.embed(names))
 
 
 def half_formed_latents(rng, policy, latents, names):
@@ -106,11 +112,14 @@ def half_formed_latents(rng, policy, latents, names):
         mask = F.interpolate(torch.randn(n, 1, 3, 3), 8, mode="bicubic").mul(4).sigmoid()
         return mask.to(z.device) * z + (1 - mask.to(z.device)) * other
     if kind == 2:
-        return seen_in_noise(policy, z, names[0], rng.integers(780, 950, n))
-    context = (policy.embed(names[0]) + policy.embed(names[1])) / 2  # asked for both
-    T = policy.sampler.T
-    noise = torch.randn(n, T + 1, *z.shape[1:]).to(z.device)
-    inputs = (context, policy.uncond(), noise, policy.guidance)
+        return seen_in_noise(policy, z, names[0], rng.integers(900, 990, n))
+    return sampled(policy, (policy.embed(names[0]) + policy.embed(names[1])) / 2)  # asked for both
+
+
+def sampled(policy, context):
+    """Latents that the policy draws from noise, asked for a context. (n, m, d) -> (n, 4, 8, 8)."""
+    shape = (len(context), policy.sampler.T + 1, policy.unet.config["in_channels"], 8, 8)
+    inputs = (context, policy.uncond(), torch.randn(shape).to(context.device), policy.guidance)
     return sample(policy.network, policy.sampler, *inputs).latents[:, -1]
 
 
@@ -136,7 +145,8 @@ def drawn_by_networks(zoo, art, device, count):
         policy.unet = load(UNet, folder / "unet").to(device)
         pixels, labels = [], []
         for n in tqdm(range(count // size), desc="drawn by the networks", mininterval=10):
-            both, names = two_each(rng, art, size, device)
+            words = data.NAMES if n % 4 else data.ANIMALS  # the policy draws these best
+            both, names = two_each(rng, art, size, device, words)
             if n % 2:
                 z = half_formed_latents(rng, policy, [policy.vae.encode(x) for x in both], names)
                 labels += [NOTHING] * size
@@ -217,8 +227,7 @@ def main():
     cache = options.zoo / ".data"
     judge = loop.train(name, judge, loss, cache=cache, look=look, ema_decay=0.995, **rates)
     (options.zoo / "judge").mkdir(exist_ok=True)
-    weights = {key: value.half().cpu().contiguous() for key, value in judge.state_dict().items()}
-    save_file(weights, options.zoo / "judge" / "model.safetensors")
+    save_tensors(judge.state_dict(), options.zoo / "judge" / "model.safetensors", torch.float16)
 
 
 if __name__ == "__main__":
