@@ -204,3 +204,14 @@ def test_what_cannot_be_drawn_is_said_in_one_line(options, words, runs, start, t
         options, words = options.replace(name, str(place)), words.replace(name, str(place))
     line = start("tutorial/draw.py", *options.split())[0]
     assert line.startswith("draw.py: ") and re.search(words, line) and "\n" not in line
+
+
+def test_prompts_of_other_languages_can_be_read(monkeypatch):
+    """No letter is the box that stands for a missing one."""
+    monkeypatch.syspath_prepend(str(ROOT / "tutorial"))
+    import draw
+
+    missing = draw.words("\U000f0000", 100)
+    seen = [draw.words(letter, 100) for letter in "äßŁёжλ"]
+    assert not any(np.array_equal(one, missing) for one in seen)
+    assert len({one.tobytes() for one in seen}) == 6

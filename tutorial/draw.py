@@ -17,6 +17,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -26,6 +27,7 @@ import train
 from scheduler import UserError, read_json, refusing, require
 
 LINE, GAP = 24, 16  # pixels between lines, between columns
+FONT = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"  # Pillow's own knows no umlauts
 
 
 def parse():
@@ -83,7 +85,7 @@ def words(text, width):
     """A text in lines -> uint8 (height, width, 3)."""
     lines = textwrap.wrap(text, width // 8) or [""]
     image = Image.new("RGB", (width, LINE * len(lines)), "white")
-    font = ImageFont.load_default(15)
+    font = ImageFont.truetype(FONT, 15)
     ImageDraw.Draw(image).text((4, 0), "\n".join(lines), "black", font, spacing=LINE - 15)
     return np.asarray(image)
 
