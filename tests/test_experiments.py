@@ -14,6 +14,7 @@ from conftest import ROOT
 sys.path.append(str(ROOT / "tutorial"))
 import experiments
 import train
+import trl_gain
 
 ARGUMENTS = "--model zoo --device cpu --reward compressibility --epochs 3 --samples-per-epoch 64"
 
@@ -187,3 +188,23 @@ def test_when_a_gain_is_reached_by_hand():
     assert row[:4] == ["x", "128", "0.60 ± 0.10 (0.50, 0.70)", "95% → 60%"]
     assert row[4:] == ["6.00", "0.25", "10.0", "96", "15", "70%"]
     assert experiments.variant_row("x", runs, 0.7)[-3:] == ["never", "", ""]
+
+
+def test_runs_of_trl_are_averaged_and_their_seconds_found(tmp_path, monkeypatch, capsys):
+    """By hand: gains 0, 1, 2 and 0, 0.5, 1 after 0, 256, 512 queries reach 1.125 after 384."""
+    for name, slope, seconds in (("a", 1, [30, 10]), ("b", 0.5, [20, 18])):
+        (tmp_path / name).mkdir()
+        keys = ("eval_queries", "eval_gain_sd", "eval_judged_right_mean")
+        lines = [dict(zip(keys, (256 * i, slope * i, 1 - 0.1 * i))) for i in range(3)]
+        (tmp_path / name / trl_gain.EVALUATED).write_text(json.dumps(lines))
+        (tmp_path / name / trl_gain.SECONDS).write_text(json.dumps(seconds))
+    folders = [str(tmp_path / name) for name in "ab"]
+    monkeypatch.setattr(sys, "argv", ["trl_gain.py", "table", *folders, "--level", "1.125"])
+    trl_gain.main()
+    *_, last, end = capsys.readouterr().out.splitlines()
+    assert last == "  512 queries: gain 1.50 ± 0.50 (2.00, 1.00), judge 80%"
+    assert end.startswith("19.0 seconds an epoch")
+    assert end.endswith("after 384 queries, 114 seconds, judge 85%")
+    (tmp_path / "b" / trl_gain.SECONDS).unlink()
+    with pytest.raises(SystemExit, match="seconds.json: not there; train and evaluate"):
+        trl_gain.main()

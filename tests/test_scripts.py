@@ -12,11 +12,13 @@ import shutil
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 from conftest import ROOT
 from helpers import write_art
 
 ZOO = ROOT / "tutorial" / "zoo"
+VOCABULARY = ZOO / "stable-diffusion" / "tokenizer" / "vocab.json"
 RECIPE = ["clip", "vae", "unet", "word", "judge", "aesthetic", "bert", "llava"]
 
 
@@ -39,6 +41,14 @@ def weights_of(zoo):
     return {path: path.stat().st_mtime_ns for path in sorted(zoo.glob("**/*.safetensors"))}
 
 
+def rows_that_differ(zoo):
+    """The words that the policy's text encoder tells otherwise than CLIP's."""
+    parts = (zoo / "stable-diffusion" / "text_encoder", zoo / "clip")
+    table = "text_model.embeddings.token_embedding.weight"
+    ours, clips = (load_file(part / "model.safetensors")[table] for part in parts)
+    return (ours != clips).any(1).nonzero().flatten().tolist()
+
+
 def test_the_recipe_makes_a_whole_zoo_from_nothing(start, art, tmp_path):
     before, zoo = weights_of(ZOO), tmp_path / "zoo"
     shutil.copytree(art, zoo / ".data")
@@ -51,6 +61,7 @@ def test_the_recipe_makes_a_whole_zoo_from_nothing(start, art, tmp_path):
     encoder = "stable-diffusion/text_encoder/config.json"
     assert json.loads((zoo / encoder).read_text()) == json.loads((ZOO / encoder).read_text())
     assert weights_of(ZOO) == before
+    assert rows_that_differ(zoo) == [json.loads(VOCABULARY.read_text())["snake</w>"]]
     figures = {
         "clip": r"the right caption of 256 for [\d.]+%",
         "vae": r"L1 0\.\d+, latents of std",

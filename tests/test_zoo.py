@@ -14,6 +14,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 import data
 import ddpo
+import gates
 import judge as judge_module
 import loop
 import raters
@@ -244,3 +245,17 @@ def test_a_training_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path):
     resumed = train_for(tmp_path / "killed")
     for name, value in whole.items():
         assert torch.equal(resumed[name], value), name
+
+
+@pytest.mark.parametrize("reward, guidance", [("aesthetic", 4.0), ("alignment", 2.0)])
+def test_gates_draw_at_the_rewards_own_settings(monkeypatch, reward, guidance):
+    """At guidance 4 the base follows too many of alignment's prompts to show what is learned."""
+    used = []
+
+    def load_policy(folder, device, config):
+        used.append(config.guidance)
+        return SimpleNamespace(sample=lambda *_: [(None, np.zeros((1, 64, 64, 3), np.uint8))])
+
+    monkeypatch.setattr(train, "load_policy", load_policy)
+    gates.samples(data.HERE, ["a cat"], "cpu", reward)
+    assert used == [guidance]

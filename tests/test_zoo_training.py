@@ -18,6 +18,7 @@ import data
 import ddpo
 import judge as judge_module
 import train_judge
+import train_unet
 import train_vae
 import train_word
 from scheduler import add_noise
@@ -93,7 +94,13 @@ def test_half_formed_things_are_nothing_and_whole_ones_keep_their_names(
     """And each kind of half-formed thing is drawn."""
     monkeypatch.setattr(train_judge, "load", lambda cls, folder: getattr(policy, folder.name))
     monkeypatch.setattr(train_judge.train_unet, "load_policy", lambda *_: copy.copy(policy))
-    kinds = []
+    kinds, asked, two_each = [], [], train_judge.two_each
+
+    def of_words(rng, art, n, device, words):
+        asked.append(words)
+        return two_each(rng, art, n, device, words)
+
+    monkeypatch.setattr(train_judge, "two_each", of_words)
     for name in ("whole_latents", "half_formed_latents"):
         real = getattr(train_judge, name)
 
@@ -108,8 +115,23 @@ def test_half_formed_things_are_nothing_and_whole_ones_keep_their_names(
     assert [name for name, _ in kinds] == ["whole_latents", "half_formed_latents"] * 2
     assert labels[4:8].tolist() == labels[12:].tolist() == [train_judge.NOTHING] * 4
     assert [data.NAMES[i] for i in labels[:4]] == kinds[0][1]
+    assert asked == [data.ANIMALS, data.NAMES, data.NAMES, data.NAMES]
     again, _ = train_judge.drawn_by_networks(tmp_path, None, torch.device("cpu"), 16)
     assert np.array_equal(again, pixels)  # from the file
+
+
+def test_nothing_that_can_still_be_seen_counts_as_half_formed(policy, monkeypatch):
+    """In the noise of t < 900 a person sees a sheep, a cat, a fish; whole is what t < 400 hides."""
+    times = []
+
+    def integers(low, high=None, size=None):
+        return (2 if low == 4 else 1) if high is None else np.array([low, high])
+
+    monkeypatch.setattr(train_judge, "seen_in_noise", lambda *arguments: times.append(arguments[3]))
+    rng, z = SimpleNamespace(integers=integers), torch.zeros(2, 2, 4, 8, 8)
+    train_judge.half_formed_latents(rng, policy, z, [["cat"] * 2] * 2)
+    train_judge.whole_latents(rng, policy, z[0], ["cat"] * 2)
+    assert np.array_equal(times, [[900, 990], [50, 400]])
 
 
 def test_a_word_taught_anew_moves_its_own_row_alone(zoo):
@@ -121,6 +143,48 @@ def test_a_word_taught_anew_moves_its_own_row_alone(zoo):
     rows = (ours[train_word.TABLE] != clips[train_word.TABLE]).any(1).nonzero().flatten()
     vocabulary = json.loads((zoo / "tokenizer" / "vocab.json").read_text())
     assert rows.tolist() == [vocabulary["snake</w>"]]
+
+
+def test_a_word_learns_from_the_other_vendors_pictures_and_their_own_captions(
+    policy, tmp_path, monkeypatch
+):
+    """Each row of a batch has its own picture's latents and caption."""
+    asked = []
+
+    def example(rng, art, name, vendor):
+        asked.append((name, vendor))
+        picture = SimpleNamespace(pixels=np.full((64, 64, 3), len(asked), np.uint8))
+        return picture, f"caption {len(asked)}"
+
+    monkeypatch.setattr(data, "load_art", lambda zoo: None)
+    monkeypatch.setattr(data, "policy_example", example)
+    latents, captions = train_word.examples(policy, tmp_path, 5)
+    assert set(asked) == {("snake", "twitter")} and captions == [
+        f"caption {i}" for i in range(1, 6)
+    ]
+    pixels = torch.stack([torch.full((3, 64, 64), i / 127.5 - 1) for i in range(1, 6)])
+    assert torch.allclose(latents, policy.vae.encode(pixels), atol=1e-5)
+    seen = {}
+    monkeypatch.setattr(
+        train_unet, "denoising_loss", lambda *arguments: seen.update(x=arguments[2], e=arguments[4])
+    )
+    word = SimpleNamespace(encode=lambda policy, captions: captions)
+    rng = np.random.default_rng(0)
+    train_word.make_loss(policy, latents, captions, 8)(word, rng)
+    places = [int(caption.split()[1]) - 1 for caption in seen["e"]]
+    assert torch.equal(seen["x"], latents[places]) and len(set(places)) > 1
+
+
+def test_the_denoising_loss_has_min_snr_weights():
+    """By hand, of a network that predicts no noise: the mean of min(SNR, 5) / SNR |noise|^2."""
+    x_0, alphas_bar = torch.zeros(2, 4, 8, 8), torch.tensor([0.5, 0.99])  # SNR 1 and 99
+    torch.manual_seed(0)
+    each = (torch.randn(x_0.shape) ** 2).mean((1, 2, 3))
+    torch.manual_seed(0)
+    loss = train_unet.denoising_loss(
+        lambda x, t, embeds: torch.zeros_like(x), alphas_bar, x_0, torch.tensor([0, 1]), None
+    )
+    assert loss.item() == pytest.approx((each[0] + 5 / 99 * each[1]).item() / 2, rel=1e-5)
 
 
 def test_a_words_gradient_is_that_of_its_row(policy):

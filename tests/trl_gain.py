@@ -27,7 +27,7 @@ import train  # TRL's interpreter has to have its packages too
 
 EVERY = 4  # epochs between the networks that are kept
 PICTURES = 64  # an epoch
-JUDGE, SECONDS = "judged_right_mean", "seconds.json"
+JUDGE, EVALUATED, SECONDS = "judged_right_mean", "evaluated.json", "seconds.json"
 
 
 def config(args):
@@ -83,17 +83,20 @@ def evaluate(args):
         texts = [f"{lines[-1][f'eval_{name}']:.2f}" for name in ("gain_sd", JUDGE)]
         truth = lines[-1]["eval_truth_mean"]
         print(lines[-1]["eval_queries"], *texts, f"{truth:.2f}", flush=True)
-    (args.folder / "evaluated.json").write_text(json.dumps(lines))
+    (args.folder / EVALUATED).write_text(json.dumps(lines))
 
 
 def table(args):
     """Runs of several seeds: their means at each evaluation, and where these reach a gain."""
-    runs = [json.loads((folder / "evaluated.json").read_text()) for folder in args.folders]
-    queries = [line["eval_queries"] for line in runs[0]]
-    gains, judge = (experiments.means(runs, f"eval_{key}") for key in ("gain_sd", JUDGE))
+    for path in (folder / name for folder in args.folders for name in (EVALUATED, SECONDS)):
+        if not path.is_file():
+            raise SystemExit(f"{path}: not there; train and evaluate the run first")
+    runs = [json.loads((folder / EVALUATED).read_text()) for folder in args.folders]
+    keys = ("queries", "gain_sd", JUDGE)
+    queries, gains, judge = (experiments.means(runs, f"eval_{key}") for key in keys)
     for n, at in enumerate(zip(*runs)):
         each = experiments.spread([line["eval_gain_sd"] for line in at], 2)
-        print(f"{queries[n]:5d} queries: gain {each}, judge {judge[n]:.0%}")
+        print(f"{queries[n]:5.0f} queries: gain {each}, judge {judge[n]:.0%}")
     seconds = [s for folder in args.folders for s in json.loads((folder / SECONDS).read_text())]
     each, needed = statistics.median(seconds), experiments.crossing(queries, gains, args.level)
     print(f"{each:.1f} seconds an epoch; a mean gain of {args.level}:", end=" ")
@@ -115,7 +118,9 @@ def main():
     parser.add_argument("--level", type=float, default=1.52, help="of gain, for the table")
     args = parser.parse_args()
     if args.what != "table":
-        (args.folder,) = args.folders
+        if len(args.folders) > 1:
+            parser.error(f"{args.what} takes one folder")
+        args.folder = args.folders[0]
         args.folder.mkdir(parents=True, exist_ok=True)
     {"train": run_trl, "evaluate": evaluate, "table": table}[args.what](args)
 
