@@ -23,7 +23,8 @@ import train_unet
 from unet import VAE, UNet, load, save_tensors
 
 WORD, VENDOR = "snake", "twitter"
-STEPS, PICTURES, BATCH, RATE = 400, 1024, 64, 0.02
+STEPS, RATE = 400, 0.02
+PICTURES, BATCH = 1024, 64
 TABLE = "text_model.embeddings.token_embedding.weight"  # in the published file's names
 
 
