@@ -372,7 +372,7 @@ def rewards(out, quick):
         ]
         row += [both("eval_truth_mean", 2), both("eval_diversity", 2)]
         rows.append([*row, f"{statistics.mean(seconds) / 60:.1f}"])
-    left.legend()
+    right.legend(loc="lower right")  # the room is there
     header = ["reward", "epochs / queries", "reward, fixed pictures", "gain, sd of the base"]
     header += ["least paired s.e.", "judge, %", "raters' truth", "diversity", "minutes"]
     return figure, table(header, rows)

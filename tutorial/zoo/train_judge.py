@@ -136,7 +136,7 @@ def seen_in_noise(policy, z, names, timesteps):
 def drawn_by_networks(zoo, art, device, count):
     """Things whole and half-formed by the zoo's networks, drawn once -> pixels, labels (count,).
 
-    uint8 (count, 64, 64, 3). Delete .data/drawn.safetensors when VAE or UNet have changed.
+    uint8 (count, 64, 64, 3). Delete .data/drawn.safetensors when a network that draws has changed.
     """
     path = zoo / ".data" / "drawn.safetensors"
     if not path.is_file():
