@@ -203,7 +203,7 @@ def begin(zoo, device):
 def main():
     options = data.options(__doc__)
     art, device = data.load_art(options.zoo), options.device
-    count, few, size = (128, 64, 16) if options.quick else (DRAWN, 1024, BATCH)
+    count, few, size = (64, 32, 16) if options.quick else (DRAWN, 1024, BATCH)
     pixels, labels = drawn_by_networks(options.zoo, art, torch.device(device), count)
     fresh, drawn = (pixels[:few], labels[:few]), (pixels[few:], labels[few:])
 
